@@ -243,6 +243,7 @@ class Bundle:
         import transformers
 
         from orchestrator.serve.classifier import has_head_file, load_classifier
+        from orchestrator.serve.loading import serving_class
         from orchestrator.serve.predict import read_spec
 
         options = {"local_files_only": True, "dtype": "auto", **options}
@@ -250,7 +251,7 @@ class Bundle:
         if head.is_new and has_head_file(self.folder):
             model = load_classifier(self.folder, **options)
         else:
-            model = getattr(transformers, head.auto_model).from_pretrained(self.folder, **options)
+            model = getattr(transformers, serving_class(self.folder, head.auto_model)).from_pretrained(self.folder, **options)
         return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:

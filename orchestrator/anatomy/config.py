@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, known_layouts, trainable_layouts
+from orchestrator.anatomy.encoded import refuse_undecodable
+from orchestrator.anatomy.layouts import DROPOUT_KEYS, LAYOUTS, Layout, axis_size, trainable_layouts
+from orchestrator.anatomy.odd import lone_adapter_error
 from orchestrator.anatomy.values import Experts
 from orchestrator.errors import BaseError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ADAPTER_CONFIG = "adapter_config.json"
 COPY_AGAIN = "copy config.json from the base again"
+
+
+class OtherLayoutError(Exception):
+    """Raised where a row of the table does not describe the base; its class may."""
+
+    def __init__(self, error: BaseError, config: BaseConfig | None = None) -> None:
+        super().__init__(error.what)
+        self.error = error
+        """What the table says."""
+        self.config = config
+        """The config as the row reads it, if it does."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class BaseConfig:
             experts_per_token=self.sizes["experts_per_token"],
             intermediate_size=self.sizes["expert_intermediate"],
             shared_intermediate_size=self.sizes.get("shared_intermediate", 0),
+            balance=balance_of(self.values, self.layout.defaults),
         )
 
 
@@ -55,30 +70,11 @@ def read_values(folder: Path) -> dict[str, Any]:
     """Read the keys of `folder`/config.json.
 
     Raises:
-        BaseError: the folder or file is missing, or not JSON; the base would run its own code; its weights are already quantized;
-            it is a multimodal model.
+        BaseError: the folder or file is missing, or not JSON; its weights are quantized in a way that is not decoded.
     """
     path = folder / "config.json"
     values = _read_json(folder, path)
-    _refuse_remote_code(folder, values)
-    if "quantization_config" in values:
-        quantization = values["quantization_config"]
-        known = cast("dict[str, Any]", quantization) if isinstance(quantization, dict) else {}
-        method = known.get("quant_method", "unknown")
-        raise BaseError(
-            f"the base is quantized already (quantization_config, method {method!r})",
-            where=str(path),
-            expected="16-bit or 32-bit weights",
-            remedy="give the original weights and let `base.quantize: nf4` quantize them in memory",
-        )
-    if isinstance(inner := values.get("text_config"), dict):
-        text_type = cast("dict[str, Any]", inner).get("model_type")
-        raise BaseError(
-            f"a multimodal model: model_type {values.get('model_type')!r} around a text model {text_type!r}",
-            where=str(path),
-            expected="a text-only model",
-            remedy="take the text-only base, or save only the text model (`AutoModelForCausalLM` and `save_pretrained`)",
-        )
+    refuse_undecodable(folder, values)
     return values
 
 
@@ -86,17 +82,20 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
     """Interpret the config of a known layout.
 
     Raises:
-        BaseError: a size is missing or makes no sense, or a key implies another layout.
+        BaseError: a size is missing or makes no sense.
+        OtherLayoutError: a key implies another layout.
     """
     path = folder / "config.json"
     merged = {**layout.defaults, **values}
     for key, value in layout.fixed.items():
         if key in values and values[key] != value:
-            raise BaseError(
-                f"{key} is {values[key]!r}",
-                where=str(path),
-                expected=f"{value!r}: with these tensors it is another layout",
-                remedy="use another base",
+            raise OtherLayoutError(
+                BaseError(
+                    f"{key} is {values[key]!r}",
+                    where=str(path),
+                    expected=f"{value!r}: with these tensors it is another layout",
+                    remedy="use another base",
+                )
             )
     sizes = _sizes(path, layout, values)
     activation = merged.get(layout.activation_key)
@@ -116,6 +115,12 @@ def read_config(folder: Path, values: dict[str, Any], layout: Layout) -> BaseCon
         dropout=_dropout(layout, values),
         plan_only=layout.plan_only or next(iter(reasons), ""),
     )
+
+
+def balance_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """Return the factor of the load-balancing loss; 0 unless the config turns it on."""
+    factor = values.get("router_aux_loss_coef", defaults.get("router_aux_loss_coef"))
+    return float(factor) if values.get("output_router_logits") is True and isinstance(factor, (int, float)) else 0.0
 
 
 def _dropout(layout: Layout, values: dict[str, Any]) -> str:
@@ -141,12 +146,13 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
             what, where=str(folder), expected="a folder with config.json and safetensors weights", remedy="fix `base.model`"
         )
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise lone_adapter_error(folder, _read_if_valid(folder / ADAPTER_CONFIG))
         raise BaseError(
-            "the folder holds a LoRA adapter, not a model" if adapter else "config.json is missing",
+            "config.json is missing",
             where=str(folder),
             expected="a folder as `save_pretrained` writes it",
-            remedy="merge the adapter into its base first" if adapter else "fix `base.model`, or copy the base again",
+            remedy="fix `base.model`, or copy the base again",
         )
     try:
         values = json.loads(path.read_bytes())
@@ -157,37 +163,17 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", values)
 
 
-def _refuse_remote_code(folder: Path, values: dict[str, Any]) -> None:
-    tokenizer = folder / "tokenizer_config.json"
-    where = folder / "config.json" if "auto_map" in values else None
-    if where is None and tokenizer.is_file() and b'"auto_map"' in tokenizer.read_bytes():
-        where = tokenizer
-    if where is not None:
-        raise BaseError(
-            "the base comes with its own code (auto_map)",
-            where=str(where),
-            expected=f"a layout that transformers itself knows: {', '.join(known_layouts())}",
-            remedy="remote code is never run; use a base of a known layout",
-        )
+def _read_if_valid(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
 
 
 def find_layout(values: dict[str, Any]) -> Layout | None:
     """Return the layout of the config's model type, or None if the table does not have it."""
     model_type = values.get("model_type")
     return LAYOUTS.get(model_type) if isinstance(model_type, str) else None
-
-
-def unknown_layout(path: Path, values: dict[str, Any], why: str = "") -> BaseError:
-    """Return the error for a model type that is not in the table; `why` says what else was looked for and not found."""
-    model_type = values.get("model_type")
-    found = "model_type is missing" if model_type is None else f"unknown layout: model_type {model_type!r}"
-    near = difflib.get_close_matches(str(model_type).lower(), known_layouts(), n=3, cutoff=0.5)
-    return BaseError(
-        f"{found}; {why}" if why else found,
-        where=str(path),
-        expected=f"one of {', '.join(known_layouts())}",
-        remedy=f"did you mean {' or '.join(near)}?" if near else "use a base of a known layout",
-    )
 
 
 def plan_only_error(path: Path, model_type: str, reason: str) -> BaseError:
@@ -256,11 +242,13 @@ def _sizes(path: Path, layout: Layout, values: dict[str, Any]) -> dict[str, int]
             remedy=COPY_AGAIN,
         )
     if sizes.get("embedding", sizes["hidden"]) != sizes["hidden"]:
-        raise BaseError(
-            f"embeddings of {sizes['embedding']} in a model of hidden size {sizes['hidden']}",
-            where=str(path),
-            expected="embeddings as wide as the model, without projections between them",
-            remedy="use another size of this model",
+        raise OtherLayoutError(
+            BaseError(
+                f"embeddings of {sizes['embedding']} in a model of hidden size {sizes['hidden']}",
+                where=str(path),
+                expected="embeddings as wide as the model, without projections between them",
+                remedy="use another size of this model",
+            )
         )
     if "patch" in sizes:
         sizes["positions"] = 1 + (sizes["image"] // sizes["patch"]) ** 2

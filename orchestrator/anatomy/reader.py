@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from orchestrator.anatomy.config import BaseConfig, find_layout, plan_only_error, read_config, read_values, unknown_layout
+from orchestrator.anatomy.config import BaseConfig, OtherLayoutError, find_layout, plan_only_error, read_config, read_values
+from orchestrator.anatomy.encoded import decoded
 from orchestrator.anatomy.layouts import TensorTemplate, axis_size, present
-from orchestrator.anatomy.recognise import recognise
+from orchestrator.anatomy.learned import NotLearnedError, learn
+from orchestrator.anatomy.odd import no_head_error, settle
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import INDEX, SINGLE, read_weights
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.spec.tasks import Task
+from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.values import content_hash
 
 TRAINABLE_DTYPES = ("F32", "BF16", "F16")
@@ -29,10 +32,11 @@ def resolve_base(model: str, spec_folder: Path) -> Path:
 def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "completion") -> ModelAnatomy:
     """Read blocks, names, shapes and types of a base from config.json and safetensors headers only.
 
+    The table of layouts is used where it describes the base. Whatever it does not have, or has as `plan_only`, and a checkpoint
+    with other names than its row, is learned from the transformers class (`learned.py`).
+
     Without weights in the folder the tensors are those that the config implies, in its dtype, and `has_weights` is False:
-    enough to plan. The same goes for a layout that is `plan_only`, whose checkpoints may use other names; of its weights only
-    the number of elements is compared. A model type that is not in the table is recognised from the names of its tensors, if
-    there are weights and they are not needed for training.
+    enough to plan.
 
     Args:
         folder: Folder with config.json.
@@ -40,20 +44,11 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
         task: What it is to be trained for: decides which class is loaded, and so which tensors it needs.
 
     Raises:
-        BaseError: see `read_values`, `read_config` and `read_weights`; weights missing but needed, quantized, or not what the
-            config implies; a layout that cannot be trained, or is unknown.
+        BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized,
+            or not those of the config.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
-    layout = find_layout(values)
-    if layout is None:
-        stored = None if need_weights or "model_type" not in values else read_weights(folder)
-        if stored is None:
-            raise unknown_layout(folder / "config.json", values)
-        return recognise(folder, values, stored)
-    config = read_config(folder, values, layout)
-    if config.plan_only and need_weights:
-        raise plan_only_error(config.path, layout.model_type, config.plan_only)
     stored = read_weights(folder)
     if stored is None and need_weights:
         raise BaseError(
@@ -62,17 +57,93 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
             expected=f"{SINGLE}, or shards with {INDEX}",
             remedy="put the base's safetensors files there, or point `base.model` at a folder that has them",
         )
-    expected = {name: _shape(template, config) for name, template in _all_templates(config).items()}
-    pooler = {template.name for template in layout.pooler}
-    if stored is not None and not config.plan_only:
-        tensors = _match(folder, config, expected, optional=pooler, stored=stored)
-    else:
-        if stored is not None:
-            _check_count(folder, config, expected, stored)
-        new = pooler if layout.pooler_is_new else set[str]()
-        implied = {name: shape for name, shape in expected.items() if name not in new}
-        tensors = {name: TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in implied.items()}
-    return _assemble(config, expected, tensors, has_weights=stored is not None and not config.plan_only)
+    notes: tuple[str, ...] = ()
+    if stored is not None:
+        stored, notes = decoded(folder, values, stored)
+    anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
+    return settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
+
+
+def _read(
+    folder: Path, values: dict[str, Any], stored: dict[str, TensorInfo] | None, *, task: Task, need_weights: bool
+) -> ModelAnatomy:
+    layout = find_layout(values)
+    if layout is None:
+        return learn(folder, values, stored, task=task)
+    try:
+        config = read_config(folder, values, layout)
+        return _from_table(folder, config, stored)
+    except OtherLayoutError as other:
+        return _learned_instead(folder, values, stored, other, task=task, need_weights=need_weights)
+
+
+def _from_table(folder: Path, config: BaseConfig, stored: dict[str, TensorInfo] | None) -> ModelAnatomy:
+    """Return the anatomy that a row of the table gives.
+
+    Raises:
+        OtherLayoutError: the row is for planning only, or the checkpoint has other names.
+        BaseError: tensors of other shapes, or quantized ones.
+    """
+    if config.plan_only:
+        raise OtherLayoutError(plan_only_error(config.path, config.layout.model_type, config.plan_only), config)
+    if stored is None:
+        return implied_anatomy(config)
+    expected = _expected(config)
+    pooler = {template.name for template in config.layout.pooler}
+    tensors = _match(folder, config, expected, optional=pooler, stored=stored)
+    return _assemble(config, expected, tensors, has_weights=True).model_copy(update={"copies": _copies(config, stored)})
+
+
+def _copies(config: BaseConfig, stored: dict[str, TensorInfo]) -> tuple[TensorInfo, ...]:
+    """Return the tied output projection, if it is stored besides the embedding."""
+    layout = config.layout
+    head = layout.stored_as.get(layout.head_weight, layout.head_weight)
+    if not config.tied or head not in stored:
+        return ()
+    return (stored[head].model_copy(update={"name": layout.embeddings[0].name, "stored_name": head}),)
+
+
+def _learned_instead(
+    folder: Path,
+    values: dict[str, Any],
+    stored: dict[str, TensorInfo] | None,
+    other: OtherLayoutError,
+    *,
+    task: Task,
+    need_weights: bool,
+) -> ModelAnatomy:
+    """Learn a base that its row of the table does not describe.
+
+    A row of a type that has no class for texts is still good for planning.
+
+    Raises:
+        NotLearnedError: the stored tensors are not those of the class.
+        BaseError: as the row says, if the class cannot be built.
+    """
+    try:
+        return learn(folder, values, stored, task=task)
+    except NotLearnedError as refused:
+        if refused.kind == "no_class" and other.config is not None and not need_weights:
+            if stored is not None:
+                _check_count(folder, other.config, _expected(other.config), stored)
+            return implied_anatomy(other.config)
+        if refused.kind == "weights":
+            raise
+        raise other.error from refused
+
+
+def implied_anatomy(config: BaseConfig) -> ModelAnatomy:
+    """Return what the table implies of a config alone; its tensors are in no file."""
+    expected = _expected(config)
+    new = {template.name for template in config.layout.pooler} if config.layout.pooler_is_new else set[str]()
+    tensors = {
+        name: TensorInfo(name=name, shape=shape, dtype=config.dtype) for name, shape in expected.items() if name not in new
+    }
+    return _assemble(config, expected, tensors, has_weights=False)
+
+
+def _expected(config: BaseConfig) -> dict[str, tuple[int, ...]]:
+    return {name: _shape(template, config) for name, template in _all_templates(config).items()}
 
 
 def _blocks(config: BaseConfig) -> list[dict[str, TensorTemplate]]:
@@ -170,20 +241,25 @@ def _check_names(
     missing = [name for name in expected if name not in tensors and name not in optional]
     head = config.layout.head_weight
     if missing:
-        hint = " if the head is tied, set `tie_word_embeddings: true` in config.json" if missing == [head] else ""
-        raise BaseError(
-            f"{len(missing)} tensors missing: {', '.join(missing[:3])}",
-            where=str(folder),
-            expected=f"the {len(expected)} tensors of a {config.layout.model_type} with {config.sizes['blocks']} blocks",
-            remedy=hint.strip() or "copy the base again; config.json and weights must belong to the same model",
+        raise OtherLayoutError(
+            no_head_error(folder, head, stored)
+            if missing == [head]
+            else BaseError(
+                f"{len(missing)} tensors missing: {', '.join(missing[:3])}",
+                where=str(folder),
+                expected=f"the {len(expected)} tensors of a {config.layout.model_type} with {config.sizes['blocks']} blocks",
+                remedy="copy the base again; config.json and weights must belong to the same model",
+            )
         )
     used = {tensor.stored_name or tensor.name for tensor in tensors.values()}
     extra = [name for name in stored if name not in used and not _tolerated(config, name)]
     if extra:
-        raise BaseError(
-            f"{len(extra)} tensors that a {config.layout.model_type} does not have: {', '.join(sorted(extra)[:3])}",
-            where=str(folder),
-            remedy="config.json and weights must belong to the same model; check model_type and num_hidden_layers",
+        raise OtherLayoutError(
+            BaseError(
+                f"{len(extra)} tensors that a {config.layout.model_type} does not have: {', '.join(sorted(extra)[:3])}",
+                where=str(folder),
+                remedy="config.json and weights must belong to the same model; check model_type and num_hidden_layers",
+            )
         )
 
 
@@ -219,6 +295,7 @@ def _assemble(
         blocks=tuple(tuple(block) for block in blocks),
         linears=tuple(tuple(name for name, template in block.items() if template.linear) for block in blocks),
         stacked=tuple(tuple(name for name, template in block.items() if template.stacked) for block in blocks),
+        routers=tuple(tuple(name for name, template in block.items() if template.router) for block in blocks),
         attention=layout.attention,
         norm=layout.norm,
         mlp=layout.mlp,

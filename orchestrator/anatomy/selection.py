@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
+from typing import get_args
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.errors import SelectionError
-from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, Modules
+from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterOptions, ModuleGroup, Modules
 from orchestrator.spec.models import Task, Tune
 from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.tasks import TASKS
 
+GROUPS: tuple[ModuleGroup, ...] = get_args(ModuleGroup)
+NEW_ROWS = "new_rows"
+"""Attribute of the embeddings and the output projection, in a branch that trains the rows of new tokens alone."""
 ROUNDING = 1e-9
 """Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
@@ -31,11 +36,19 @@ def select(
 ) -> LayerSelection:
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
-    `full` trains all parameters of the blocks (norms, biases, experts too), `lora` adapts all their linear layers (a router
-    and routed experts are not linear layers here). Embeddings and the final norm stay frozen. `+head` (or `head`) adds the
-    output projection, for `full` with its bias; a tied one is untied first. `classify` has no output projection: it trains its
-    own new classifier under every policy but `none`, together with the other tensors that the checkpoint does not have
-    (`ModelAnatomy.new_tensors`); there `head` is only that classifier, which `full` trains whatever `tune` says.
+    `full` trains all parameters of the blocks (norms, biases, experts too) except their routers, `lora` adapts their linear
+    layers, and their routed experts if its modules include these. Embeddings and the final norm stay frozen, unless the policy
+    adds them:
+
+    - `+head` (or `head`): the output projection, for `full` with its bias; a tied one is untied first.
+    - `+router`: the routers of the blocks, whole under `lora` too.
+    - `+embeddings`: the input embeddings, and with them a tied output projection.
+    - `+new_tokens`: the rows of the tokens that `base.add_tokens` names, in the embeddings and in the output projection.
+    - `+norms`: the final norm, and with `lora` the norms of the blocks.
+
+    What learns in the embeddings puts the cut at 0. `classify` has no output projection: it trains its own new classifier under
+    every policy but `none`, together with the other tensors that the checkpoint does not have (`ModelAnatomy.new_tensors`);
+    there `head` is only that classifier, which `full` trains whatever `tune` says.
 
     `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
     every block and needs none.
@@ -51,7 +64,7 @@ def select(
     parsed = parse_policy(policy)
     head_is_new = TASKS[task].head.is_new
     if head_is_new:
-        parsed = Policy(parsed.kind, parsed.count, parsed.ranges, parsed.fraction)
+        parsed = parsed.without("head")
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
@@ -64,11 +77,22 @@ def select(
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and not head_is_new else []
+    _check_router(anatomy, parsed)
     if tune == "lora" and (blocks or head):
         selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
         selection = _full(anatomy, parsed, blocks, head, task, num_classes)
     return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
+
+
+def _check_router(anatomy: ModelAnatomy, parsed: Policy) -> None:
+    if parsed.with_router and not any(anatomy.routers):
+        raise SelectionError(
+            f"'{parsed}' asks for routers, and {anatomy.model_type!r} has none",
+            where=anatomy.folder,
+            expected="a mixture of experts",
+            remedy=f"write {parsed.without('router')}",
+        )
 
 
 def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0) -> LayerSelection:
@@ -98,33 +122,47 @@ def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
 
 
 def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
-    """Return whether these modules include a linear layer. A name is that of the layer within its block, or the end of it."""
-    if isinstance(modules, str):
-        return modules == "all" or (modules == "attention") == is_attention(anatomy, weight)
-    return any(f".{_within_block(anatomy, weight)}".endswith(f".{name}") for name in modules)
+    """Return whether these modules include a linear layer, or a weight of routed experts.
+
+    A name is that of the layer within its block, or the end of it. Routed experts are only in `experts` and under their names:
+    an adapter of every expert has many times the parameters of all others together.
+    """
+    if not isinstance(modules, str):
+        return any(is_chosen(anatomy, weight, name) if name in GROUPS else _named(anatomy, weight, name) for name in modules)
+    if weight in anatomy.routed:
+        return modules == "experts"
+    return modules == "all" or (modules != "experts" and (modules == "attention") == is_attention(anatomy, weight))
+
+
+def _named(anatomy: ModelAnatomy, weight: str, name: str) -> bool:
+    return f".{_within_block(anatomy, weight)}".endswith(f".{name}")
 
 
 def check_modules(anatomy: ModelAnatomy, modules: Modules) -> None:
-    """Raise SelectionError if a name, `attention` or `mlp` matches no linear layer of any block."""
+    """Raise SelectionError if a name or a group matches nothing in any block."""
     known = module_names(anatomy)
-    weights = [name for block in anatomy.linears for name in block]
-    parts: list[Modules] = [modules] if isinstance(modules, str) else [(name,) for name in modules]
-    for asked in parts:
-        if not any(is_chosen(anatomy, weight, asked) for weight in weights):
-            name = asked if isinstance(asked, str) else asked[0]
+    weights = [name for block in adaptable(anatomy) for name in block]
+    for name in (modules,) if isinstance(modules, str) else modules:
+        if not any(is_chosen(anatomy, weight, (name,)) for weight in weights):
             near = difflib.get_close_matches(
                 name, [*known, *(end for each in known if (end := each.rpartition(".")[2]) != each)], n=1
             )
             raise SelectionError(
-                f"the blocks have no linear layer {name!r}",
-                expected=f"all, attention, mlp, or names among {', '.join(known)}",
+                f"the blocks have no linear layer {name!r}" if name != "experts" else "the blocks have no routed experts",
+                expected=f"all, attention, mlp,{' experts,' if anatomy.experts else ''} or names among {', '.join(known)}",
                 remedy=f"did you mean {near[0]}?" if near else "",
             )
 
 
 def module_names(anatomy: ModelAnatomy) -> list[str]:
-    """Return the names of the linear layers within their blocks."""
-    return list(dict.fromkeys(_within_block(anatomy, name) for block in anatomy.linears for name in block))
+    """Return the names of the linear layers and routed experts within their blocks."""
+    return list(dict.fromkeys(_within_block(anatomy, name) for block in adaptable(anatomy) for name in block))
+
+
+def adaptable(anatomy: ModelAnatomy) -> tuple[tuple[str, ...], ...]:
+    """Return for each block the weights that adapters can be attached to: its linear layers, then its routed experts."""
+    stacked = anatomy.stacked or ((),) * anatomy.num_blocks
+    return tuple((*linears, *routed) for linears, routed in zip(anatomy.linears, stacked, strict=True))
 
 
 def _within_block(anatomy: ModelAnatomy, weight: str) -> str:
@@ -169,9 +207,7 @@ def _blocks(parsed: Policy, anatomy: ModelAnatomy, written: str, scores: Sequenc
             inside = [number for number in numbers if number < count]
             if len(inside) < len(numbers):
                 outside = ", ".join(str(number) for number in numbers[len(inside) :][:4])
-                near = (
-                    str(Policy("blocks", ranges=_runs(inside), with_head=parsed.with_head)) if inside else f"blocks:{count - 1}"
-                )
+                near = str(replace(parsed, kind="blocks", count=0, ranges=_runs(inside))) if inside else f"blocks:{count - 1}"
                 raise _out_of_range(written, anatomy, f"block {outside}", f"did you mean {near}?")
             return numbers
         case "top":
@@ -221,14 +257,64 @@ def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
     return (name for name in anatomy.tensors if name not in head)
 
 
+def is_norm(anatomy: ModelAnatomy, name: str) -> bool:
+    """Return whether a parameter of a block belongs to a norm: a vector of a module that is named as one."""
+    module = name.split(".")[-2].lower()
+    return len(anatomy.tensors[name].shape) == 1 and ("norm" in module or module.startswith("ln_"))
+
+
+def _besides(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], tune: Tune, task: Task) -> dict[str, int]:
+    """Return what is trained besides the blocks' matrices and the head: parameter name -> number of elements."""
+    names: list[str] = []
+    if "embeddings" in parsed.extras:
+        names += anatomy.embeddings
+    if parsed.with_router and tune == "lora":
+        names += [name for block in blocks for name in anatomy.routers[block]]
+    if "norms" in parsed.extras:
+        names += [name for block in blocks for name in anatomy.blocks[block] if tune == "lora" and is_norm(anatomy, name)]
+        names += anatomy.final_norm
+    found = {name: anatomy.tensors[name].num_elements for name in names}
+    if "new_tokens" in parsed.extras:
+        found |= dict.fromkeys(_new_row_names(anatomy, parsed, tune, task), len(anatomy.new_rows) * anatomy.hidden_size)
+    return found
+
+
+def _new_row_names(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task) -> tuple[str, ...]:
+    """Return the parameters that `+new_tokens` trains, [new tokens, hidden]: rows of the embeddings and, unless it is tied to
+    them or trained whole, of the output projection."""
+    if not anatomy.new_rows:
+        raise SelectionError(
+            "`+new_tokens` trains the rows of new tokens, and the spec names none",
+            expected="base.add_tokens: a list of tokens",
+            remedy="list them in base.add_tokens, or write +embeddings to train all rows",
+        )
+    wants_head = parsed.with_head or parsed.kind == "head"
+    if wants_head and tune == "lora" and not TASKS[task].head.is_new:
+        raise SelectionError(
+            f"{parsed}: with LoRA the output projection gets an adapter or rows of new tokens, not both",
+            expected="a policy without head, or tune: full",
+            remedy="remove +head",
+        )
+    embedding, head = (name.removesuffix("weight") + NEW_ROWS for name in (anatomy.embeddings[0], anatomy.head_weight))
+    return (embedding,) if wants_head or anatomy.tied or TASKS[task].head.is_new else (embedding, head)
+
+
+def _trains_embeddings(parsed: Policy) -> bool:
+    return not {"embeddings", "new_tokens"}.isdisjoint(parsed.extras)
+
+
 def _full(
     anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], head: list[str], task: Task, num_classes: int
 ) -> LayerSelection:
-    learning = [name for block in blocks for name in anatomy.blocks[block]] + head
+    resting = set[str]() if parsed.with_router else {name for names in anatomy.routers for name in names}
+    learning = [name for block in blocks for name in anatomy.blocks[block] if name not in resting] + head
     learning += [anatomy.head_bias] if head and anatomy.head_bias else []
     elements = sum(
         anatomy.tensors[name].num_elements if name in anatomy.tensors else _head_elements(anatomy) for name in learning
     )
+    besides = _besides(anatomy, parsed, blocks, "full", task)
+    learning += besides
+    elements += sum(besides.values())
     new = _new_names(anatomy, task, parsed)
     taken = set(learning)
     return LayerSelection(
@@ -238,7 +324,8 @@ def _full(
         trainable=tuple(learning + new),
         adapted=(),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
@@ -260,7 +347,9 @@ def _adapted(
         raise SelectionError(
             f"LoRA on {parsed} with rank {lora_rank}", expected="a rank of at least 1", remedy="give `lora_rank`"
         )
-    adapted = [name for block in blocks for name in anatomy.linears[block] if is_chosen(anatomy, name, adapter.modules)]
+    weights = adaptable(anatomy)
+    adapted = [name for block in blocks for name in weights[block] if is_chosen(anatomy, name, adapter.modules)]
+    _check_experts(anatomy, adapted, adapter)
     if blocks and not adapted:
         raise SelectionError(
             f"no block of {parsed} has a linear layer of the modules {adapter.modules}",
@@ -268,10 +357,12 @@ def _adapted(
             expected=f"some of {', '.join(module_names(anatomy))}",
             remedy="choose other modules, or other blocks",
         )
-    shapes = [anatomy.tensors[name].shape for name in adapted] + [(anatomy.vocab_size, anatomy.hidden_size)] * len(head)
+    shapes = [anatomy.matrix_shape(name) for name in (*adapted, *head)]
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
-    new = _new_names(anatomy, task, parsed)
-    taken = {*adapted, *head}
+    besides = _besides(anatomy, parsed, blocks, "lora", task)
+    elements += sum(besides.values())
+    new = [*besides, *_new_names(anatomy, task, parsed)]
+    taken = {*adapted, *head, *besides}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
@@ -280,11 +371,26 @@ def _adapted(
         trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
-        new_classifier=bool(new),
+        new_classifier=len(new) > len(besides),
         num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
+    )
+
+
+def _check_experts(anatomy: ModelAnatomy, adapted: Iterable[str], adapter: AdapterOptions) -> None:
+    """Raise SelectionError for adapters of routed experts that PEFT has no form for."""
+    name = next((name for name in adapted if name in anatomy.routed), None)
+    if name is None or (ADAPTER_KINDS[adapter.kind].adapts_experts and not adapter.dropout):
+        return
+    what = f"lora_dropout {adapter.dropout:g}" if adapter.dropout else ADAPTER_KINDS[adapter.kind].title
+    raise SelectionError(
+        f"{what} on routed experts ({_within_block(anatomy, name)}), which PEFT does not support",
+        where=anatomy.folder,
+        expected="LoRA or rank-stabilised LoRA without dropout",
+        remedy="choose `modules` without the routed experts, or plain LoRA for them",
     )
 
 

@@ -4,8 +4,40 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.anatomy.costs import BlockCosts
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
+
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
+"""Bytes of an element, by safetensors' name of its type."""
+
+
+class Encoding(Value):
+    """How a stored tensor is quantized; its `name`, `shape` and `dtype` are those after decoding, in 16 bit."""
+
+    kind: Literal["fp8", "mxfp4"]
+    data: str
+    """Name in the file of the quantized values."""
+    scales: str
+    """Name in the file of their scales."""
+    scales_file: str
 
 
 class StoredPart(Value):
@@ -17,6 +49,7 @@ class StoredPart(Value):
     shape: tuple[int, ...]
     """Shape in the file."""
     dtype: str
+    encoding: Encoding | None = None
     index: tuple[int, ...] = ()
     """Position in the parameter's leading dimensions: (expert,)."""
     start: int = 0
@@ -25,6 +58,13 @@ class StoredPart(Value):
     """The remaining dimension along which `start` counts."""
     transposed: bool = False
     """True if the file holds the part's transpose (its last two dimensions swapped)."""
+    offset: int = 0
+    """First row of the stored tensor along `axis`, after `transposed`, that belongs to the part."""
+    length: int = 0
+    """Number of rows along `axis`; 0 for all: the stored tensor belongs to this parameter alone."""
+    operation: str = ""
+    """What transformers computes from the stored tensor when loading, if it does more than move elements. Such a parameter
+    can be kept as it is stored, but neither read nor trained."""
 
 
 class TensorInfo(Value):
@@ -37,8 +77,18 @@ class TensorInfo(Value):
     file: str = ""
     stored_name: str = ""
     """Name in the file, if different: some checkpoints omit the backbone's prefix."""
+    encoding: Encoding | None = None
+    """How it is quantized, for a tensor that is stored as one."""
     parts: tuple[StoredPart, ...] = ()
     """The stored tensors that together are this parameter, if it is not stored as one; `file` is then that of the first."""
+
+    @property
+    def stored_parts(self) -> tuple[StoredPart, ...]:
+        """The stored tensors that the parameter is made of: its `parts`, or the one that holds it whole."""
+        if self.parts or not self.file:
+            return self.parts
+        name = self.stored_name or self.name
+        return (StoredPart(name=name, file=self.file, shape=self.shape, dtype=self.dtype, encoding=self.encoding),)
 
     @property
     def num_elements(self) -> int:
@@ -49,7 +99,7 @@ class TensorInfo(Value):
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "U8": 1, "I64": 8, "I32": 4}[self.dtype]
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
 
 class Experts(Value):
@@ -61,6 +111,11 @@ class Experts(Value):
     """MLP width of one routed expert."""
     shared_intermediate_size: int = 0
     """MLP width of the shared expert, which every token passes through; 0 if there is none."""
+    grouped: bool = True
+    """Whether transformers computes them through a registered function (`train.model.experts`), so that adapters apply to the
+    rows of the input. Otherwise an adapted copy of the weights is made in every pass."""
+    balance: float = 0.0
+    """Factor of the class's load-balancing loss, which the config turns on by `output_router_logits`; 0 if it is off."""
 
 
 class Ways(Value):
@@ -157,8 +212,8 @@ class ModelAnatomy(Value):
     """transformers' name of the MLP's nonlinearity."""
     experts: Experts | None = None
     stacked: tuple[tuple[str, ...], ...] = ()
-    """For each block the weights [experts, out, in] of its routed experts, empty for a dense block. They are in `blocks` and
-    not in `linears`: LoRA does not adapt them and bitsandbytes does not quantize them."""
+    """For each block the weights [experts, out, in] of its routed experts in the order of their module, empty for a dense block.
+    They are in `blocks` and not in `linears`: bitsandbytes does not quantize them, and LoRA adapts them only if asked."""
     dropout: str = ""
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
@@ -171,6 +226,10 @@ class ModelAnatomy(Value):
     ways: Ways = Ways()
     block_kinds: tuple[int, ...] = ()
     """For each block the number of its kind: blocks of one kind have equal names, shapes and costs. Empty if all are alike."""
+    block_costs: tuple[BlockCosts, ...] = ()
+    """Costs of each kind of block, counted on the class; empty where formulas know the layout, or where counting failed."""
+    costs_note: str = ""
+    """Why the costs of the blocks could not be counted, so that formulas of another layout stand in; empty if they were."""
     transposed: tuple[str, ...] = ()
     """Weights that multiply from the right, [in, out] (GPT-2's Conv1D) or [experts, in, out]."""
     routers: tuple[tuple[str, ...], ...] = ()
@@ -187,14 +246,48 @@ class ModelAnatomy(Value):
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
     pooling: Pooling = Pooling()
     """What a new classifier reads of a text."""
+    buffers: tuple[TensorInfo, ...] = ()
+    """Stored tensors that the class has and that are no parameters (a router's correction): loaded, never trained, kept."""
+    copies: tuple[TensorInfo, ...] = ()
+    """Stored copies of tied parameters: `stored_name` is the copy's, `name` the parameter that it equals (a tied output
+    projection that is stored besides the embedding)."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the checkpoint, one sentence each."""
+    new_rows: tuple[int, ...] = ()
+    """Ids of the tokens that `base.add_tokens` names: the rows that `+new_tokens` trains."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
 
+    def costs_of(self, block: int) -> BlockCosts:
+        """Return the counted costs of a block."""
+        return self.block_costs[self.block_kinds[block] if self.block_kinds else 0]
+
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies;
+        of the output projection too where it is tied."""
+        if name not in self.tensors and name == self.head_weight:
+            return (self.vocab_size, self.hidden_size)
+        shape = self.tensors[name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        parts = [part for tensor in self.tensors.values() for part in tensor.stored_parts]
+        scales = {part.encoding.scales_file for part in parts if part.encoding is not None}
+        return sorted(scales | {held.file for held in (*parts, *self.extra, *self.buffers, *self.copies)})
+
+    @property
+    def encoding(self) -> str:
+        """How the checkpoint is quantized: the kind of its encoded tensors, empty if there is none."""
+        parts = (part for tensor in self.tensors.values() for part in tensor.stored_parts)
+        return next((part.encoding.kind for part in parts if part.encoding is not None), "")
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """The weights of routed experts in all blocks."""
+        return frozenset(name for block in self.stacked for name in block)
 
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())
@@ -222,6 +315,8 @@ class LayerSelection(Value):
     pending: bool = False
     """True for a policy by score whose blocks are not known yet. Equally many of the largest blocks replace them, with the cut
     at 0, so that no choice needs more memory. It is used for planning and never trained."""
+    trains_embeddings: bool = False
+    """True if anything below the first block is trained, so that gradients pass through every block."""
     unties_head: bool = False
     """True if the tied output projection is copied before training."""
     new_classifier: bool = False

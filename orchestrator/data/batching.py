@@ -109,12 +109,17 @@ def micro_batches(
     num_ranks: int,
     rows_per_micro_batch: int,
     full_width: int = 0,
+    *,
+    pads: bool = True,
 ) -> list[MicroBatch]:
     """Return one rank's share of `rows` as micro-batches; every rank gets the same number of them.
 
     Rows are assigned longest first, back and forth over the ranks, so that shares have about equal tokens. A rank whose share
     ends early gets empty micro-batches, since collective operations need all ranks. A micro-batch is as wide as its longest
     row; a full one has `full_width`, if given, so that all full ones have one shape.
+
+    Args:
+        pads: False for micro-batches that are exactly as wide as their longest row.
     """
     tokens = [int(sum(data.lengths[document] for document in row)) for row in rows]
     longest_first = sorted(range(len(rows)), key=lambda index: -tokens[index])
@@ -122,7 +127,8 @@ def micro_batches(
     rounds = -(-max(1, -(-len(rows) // num_ranks)) // rows_per_micro_batch)
     cuts = [share[start * rows_per_micro_batch : (start + 1) * rows_per_micro_batch] for start in range(rounds)]
     return [
-        _micro_batch(data, [rows[index] for index in cut], full_width if len(cut) == rows_per_micro_batch else 0) for cut in cuts
+        _micro_batch(data, [rows[index] for index in cut], full_width if len(cut) == rows_per_micro_batch else 0, pads=pads)
+        for cut in cuts
     ]
 
 
@@ -137,9 +143,10 @@ def _owner(turn: int, num_ranks: int) -> int:
     return place if lap % 2 == 0 else num_ranks - 1 - place
 
 
-def _micro_batch(data: TokenizedSet, rows: list[list[int]], least_width: int = 0) -> MicroBatch:
+def _micro_batch(data: TokenizedSet, rows: list[list[int]], least_width: int = 0, *, pads: bool = True) -> MicroBatch:
     lengths = np.asarray([sum(int(data.lengths[document]) for document in row) for row in rows] or [0], dtype=np.int64)
-    width = max(least_width, width_of(int(lengths.max())))
+    longest = int(lengths.max())
+    width = max(least_width, width_of(longest) if pads or not longest else longest)
     shape = (len(lengths), width)
     batch = MicroBatch(
         input_ids=np.zeros(shape, np.int64),

@@ -12,7 +12,7 @@ from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.cost.duration import planned_duration
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.explain import rate_note, with_explanations
-from orchestrator.plan.fusing import concurrent_trials, most_fused
+from orchestrator.plan.fusing import concurrent_trials, may_share, most_fused
 from orchestrator.plan.gangs import (
     Arrangement,
     arrange,
@@ -125,22 +125,22 @@ def _plan_on(
         row_tokens=schedule.row_tokens(spec, anatomy, data),
         tokens_per_step=schedule.tokens_per_step(spec, data),
         whole_adapters=anchor is not None,
+        one_row=not anatomy.ways.pads,
     )
     num_trials = spec.search.num_trials if job == "sweep" and spec.search is not None else 1
     untouched, head = (_footprint(spec, anatomy, data, _control(policy, spec, anatomy, data)) for policy in ("none", "head"))
     # The controls `none` and `head` run on the trials' gangs, so their memory is estimated for the same candidate.
     gangs = arrange(head, found, loaded, load, num_trials, anchor=anchor, job=job)
-    refit = refit_candidate(found, spec, load, gangs)
+    refit, fused = refit_candidate(found, spec, load, gangs), _most_fused(spec, anatomy, choices, load, gangs, found)
     options, room = _options(choices, load.footprints, gangs.candidate), found.room(gangs.candidate.ranks, gangs.num_gangs)
-    pack, fused = schedule.packs(spec), _most_fused(spec, anatomy, choices, load, gangs, found)
     shared: dict[str, Any] = {
         "name": spec.name,
         "spec_sha256": spec_sha256,
         "base": _base_load(spec, anatomy, data),
         "num_parameters": anatomy.num_parameters(),
         "data": data,
-        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, pack=pack),
-        "refit_execution": execution_plan(refit, found, 1, spec, pack=pack),
+        "execution": execution_plan(gangs.candidate, found, gangs.num_gangs, spec, anatomy),
+        "refit_execution": execution_plan(refit, found, 1, spec, anatomy),
         "num_gangs": gangs.num_gangs,
         "head_memory": estimate(head, gangs.candidate).device if job == "sweep" else None,
         "base_memory": estimate(untouched, gangs.candidate).device,
@@ -177,10 +177,17 @@ def _check_quantizable(spec: JobSpec, anatomy: ModelAnatomy, found: Machines) ->
     Raises:
         BaseError: names the first such matrix.
     """
+    if spec.base.quantize != "none" and anatomy.encoding:
+        raise BaseError(
+            f"the base is quantized already, in {anatomy.encoding}",
+            where="base.quantize",
+            expected="none: transformers decodes such a base to 16 bit when loading, and cannot quantize it again",
+            remedy="base.quantize: none, or give the original weights",
+        )
     if spec.base.quantize != "nf4" or found.device != "cpu":
         return
     for name in (name for block in anatomy.linears for name in block):
-        width = anatomy.tensors[name].shape[-1]
+        width = anatomy.matrix_shape(name)[-1]
         if width % NF4_BLOCK:
             raise BaseError(
                 f"nf4 on a CPU does not support {name}: {width} columns",
@@ -292,15 +299,13 @@ def _most_fused(
     # blocks would have to be compiled again for every set of fused trials.
     if anatomy.dropout or spec.resources.compile == "on":
         return 1
-    alone = [footprint for choice, footprint in zip(choices, load.footprints, strict=True) if _may_share(choice)]
+    alone = [
+        footprint for choice, footprint in zip(choices, load.footprints, strict=True) if may_share(anatomy, choice.selection)
+    ]
     # Trials with different cuts cannot share a batch (`fuse_key`).
     kinds = {(choice.selection.cut, choice.selection.trainable) for choice in choices if not choice.selection.adapter.dropout}
     room = found.room(gangs.candidate.ranks, gangs.num_gangs)
     return most_fused(alone, gangs.candidate, load, room, spec.resources.max_fused, num_kinds=len(kinds))
-
-
-def _may_share(choice: Choice) -> bool:
-    return not choice.selection.trainable and not choice.selection.adapter.dropout
 
 
 def _with_costs(plan: RunPlan, anatomy: ModelAnatomy, found: Machines, spec: JobSpec, defaulted: str) -> RunPlan:

@@ -29,7 +29,7 @@ def with_explanations(
         update={
             "reasons": (*derivations(plan, spec), *_threads(plan, found)),
             "notes": (*plan.notes, *_base_notes(spec, anatomy), *_anchor_notes(plan, spec), *_notes(plan, spec, found, cluster)),
-            "warnings": (*_base_warnings(anatomy), *plan.warnings, *_warnings(plan, spec, found, cluster)),
+            "warnings": (*_base_warnings(spec, anatomy), *plan.warnings, *_warnings(plan, spec, found, cluster)),
         }
     )
 
@@ -42,24 +42,55 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
         yield f"{count} per rank, since OMP_NUM_THREADS={found.max_threads} is set; without it a rank would have {part}"
 
 
-def _base_warnings(anatomy: ModelAnatomy) -> Iterator[str]:
+def _base_warnings(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    yield from anatomy.notes
+    if anatomy.costs_note:
+        yield (
+            f"memory and operations are a lower bound: those of the blocks of {anatomy.architecture} could not be counted, and "
+            f"formulas for a plain transformer stand in ({anatomy.costs_note})"
+        )
     if anatomy.plan_only:
         yield f"a base of type {anatomy.model_type} can be planned but not trained: {anatomy.plan_only}"
+    if anatomy.experts is not None and spec.base.quantize != "none":
+        share = sum(anatomy.tensors[name].num_elements for name in anatomy.routed) / anatomy.num_parameters()
+        yield (
+            f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: bitsandbytes quantizes "
+            "linear layers only"
+        )
+
+
+WAY_NOTES = {
+    "packs": "documents are not packed: each has a row of its own, in micro-batches of documents of about equal length",
+    "pads": "rows are not padded: a micro-batch is one document",
+    "projects": "the class's own logits are computed at every position, not at supervised ones only",
+}
+"""What it means that a class does not allow a way, by the name of its field in `Ways`; `plan.trunk` tells of stored states."""
+
+
+def _way_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    """Explain how the base is trained where its class does not allow the usual way."""
+    new_head = spec.traits.head.is_new
+    for field, note in WAY_NOTES.items():
+        if not getattr(anatomy.ways, field) and (field == "pads" or not new_head):
+            seen = anatomy.ways.reasons.get(field)
+            yield f"{note} ({seen})" if seen else note
 
 
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     if anatomy.pooling.kind != "class":
         served = "transformers' class does so too" if anatomy.pooling.by_class else "classify.py in the bundle does so too"
         yield f"{anatomy.pooling.reason}; {served}"
+    yield from _way_notes(spec, anatomy)
     if anatomy.experts is None:
         return
-    yield "LoRA adapts the attention (and shared experts): routed experts are stacked in one tensor, which it leaves frozen"
-    if spec.base.quantize != "none":
-        stacked = sum(anatomy.tensors[name].num_elements for block in anatomy.stacked for name in block)
-        share = stacked / anatomy.num_parameters()
+    yield (
+        "LoRA leaves routed experts frozen unless `modules` has `experts`, and routers are frozen under every policy without "
+        "`+router`; trials of a mixture of experts are not batched together, which would change the last bits of their results"
+    )
+    if anatomy.experts.balance:
         yield (
-            f"{spec.base.quantize} leaves routed experts, {share:.0%} of the parameters, in 16 bit: it quantizes "
-            "linear layers only"
+            f"the load-balancing loss is added with a factor of {anatomy.experts.balance:g}, as the base's config says "
+            "(output_router_logits); trials are compared without it"
         )
 
 
@@ -268,7 +299,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     execution = plan.execution
     lines = [
         f"plan {plan.name} ({plan.spec_sha256[:12]})",
-        f"  base        {plan.base.folder} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
+        f"  base        {plan.base.shown} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
         + (f" · {plan.base.quantize}" if plan.base.quantize != "none" else ""),
         f"  data        {plan.data.train_documents} documents, {format_count(plan.data.train_tokens)} tokens; "
         f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"

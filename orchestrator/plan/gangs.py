@@ -14,6 +14,7 @@ from orchestrator.plan.memory.estimate import estimate
 from orchestrator.plan.memory.footprint import Footprint, make_footprint
 from orchestrator.plan.placement import Machines
 from orchestrator.plan.remedies import no_whole_adapters
+from orchestrator.plan.schedule import packs
 from orchestrator.plan.values import RejectedWay, RunPlan, SweepPlan
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.models import JobSpec, ResourcesSpec
@@ -135,7 +136,7 @@ def why_no_more_gangs(resources: ResourcesSpec, num_trials: int) -> str:
     return f"{num_trials} trials keep no more gangs busy" if resources.gangs == "auto" else f"resources.gangs: {resources.gangs}"
 
 
-def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: JobSpec, *, pack: bool) -> ExecutionPlan:
+def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: JobSpec, anatomy: ModelAnatomy) -> ExecutionPlan:
     """Return the candidate as the value that gangs receive."""
     return ExecutionPlan(
         device=candidate.device,
@@ -148,7 +149,8 @@ def execution_plan(candidate: Candidate, found: Machines, num_gangs: int, spec: 
         dtype=spec.train.dtype,
         row_tokens=candidate.row_tokens,
         micro_batch_rows=candidate.micro_batch_rows,
-        pack=pack,
+        pack=packs(spec, anatomy),
+        pads=anatomy.ways.pads,
         backend="nccl" if candidate.device == "cuda" else "gloo",
         # Ray packs a gang strictly onto one node only if every gang of the plan fits inside a node.
         inside_node=found.placement(candidate.ranks, num_gangs, "").num_spanning == 0,

@@ -64,6 +64,8 @@ class Load:
     whole_adapters: bool = False
     """True if every rank must hold every adapter whole, as an anchor on LoRA products needs it; DeepSpeed partitions adapters
     across ranks."""
+    one_row: bool = False
+    """True if a micro-batch has one row, because none may be padded."""
 
 
 def candidates(
@@ -161,7 +163,8 @@ def _rejections(refused: Sequence[Candidate], taken: Candidate | None, load: Loa
 def _with_rows(candidate: Candidate, load: Load, room: RankRoom) -> Candidate:
     """Return the candidate with the most rows that fit, distributed evenly over the rounds of a step. One row is known to fit."""
     # Memory grows with the number of rows, so the largest number that fits is found by bisection.
-    low, high = 1, max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
+    most = max_rows(load.row_tokens, candidate.ranks, load.tokens_per_step, candidate.device)
+    low, high = 1, 1 if load.one_row else most
     while low < high:
         middle = (low + high + 1) // 2
         if shortage(replace(candidate, micro_batch_rows=middle), load, room) is None:

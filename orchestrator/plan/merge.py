@@ -4,146 +4,47 @@
 
 Only headers are read here: those of the base's shards and those of the trained weights (`adapter/` as PEFT writes it, `delta/`
 with whole changed tensors, or both).
+
+The trained weights have the parameter names of the class, the base's files their own: a parameter may be stored under another
+name, in parts (one tensor for each expert), or together with others (a fused projection that the class splits). What is written
+has the names, shapes and files of the base, found the other way round by `TensorInfo.parts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, Pooling, TensorInfo
+from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, StoredPart, TensorInfo
 from orchestrator.anatomy.weights import read_header
-from orchestrator.errors import BaseError
-from orchestrator.spec.models import Task
-from orchestrator.values import Value
-from orchestrator.work.artifact import Artifact, StoredAdapter, read_artifact
-from orchestrator.work.execution import BaseLoad, Padding
+from orchestrator.errors import BaseError, SelectionError
+from orchestrator.plan.merge_operations import (
+    HEAD_FILE,
+    WHOLE,
+    ApplyAdapter,
+    Compose,
+    Dequantize,
+    Keep,
+    LinkShard,
+    MergePlan,
+    NewTensor,
+    Operation,
+    Place,
+    Replace,
+    Section,
+    Shard,
+    Single,
+    WriteShard,
+    WriteTensor,
+)
+from orchestrator.spec.models import ExtraTensors, Quantize
+from orchestrator.work.artifact import Artifact, read_artifact
+from orchestrator.work.execution import BaseLoad
 
-MergedInto = Literal["dequantized", "original"]
-
-
-class Keep(Value):
-    """Copy the base's tensor unchanged."""
-
-    kind: Literal["keep"] = "keep"
-
-
-class ApplyAdapter(Value):
-    """Write the base's tensor with its adapter, computed in float32 and rounded once."""
-
-    kind: Literal["apply_adapter"] = "apply_adapter"
-    adapter: StoredAdapter
-
-
-class Replace(Value):
-    """Write a trained tensor instead of the base's."""
-
-    kind: Literal["replace"] = "replace"
-    trained: TensorInfo
-
-
-class Dequantize(Value):
-    """Write the base's tensor as training used it: quantized to nf4 and dequantized (Dettmers et al. 2023), plus the adapter,
-    if any."""
-
-    kind: Literal["dequantize"] = "dequantize"
-    adapter: StoredAdapter | None = None
-
-
-class NewTensor(Value):
-    """Write a trained tensor that the base does not have: a classifier, or the copy of a tied head."""
-
-    kind: Literal["new"] = "new"
-    trained: TensorInfo
-
-
-Operation = Annotated[Keep | ApplyAdapter | Replace | Dequantize | NewTensor, Field(discriminator="kind")]
-
-
-HEAD_FILE = "head.safetensors"
-"""File of a classifier that no transformers class has, with `weight` [classes, hidden] and, where it has one, `bias`."""
-
-
-class WriteTensor(Value):
-    """One tensor of the output. `source` is the base's tensor, or None for a new one."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    operation: Operation
-    source: TensorInfo | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return TensorInfo(name=self.name, shape=self.shape, dtype=self.dtype).num_bytes
-
-
-class LinkShard(Value):
-    """A shard of the base without changes: a hard link, or a copy if links are not possible."""
-
-    kind: Literal["link"] = "link"
-    file: str
-    base_file: str
-    names: tuple[str, ...]
-    num_bytes: int
-    """Size of its tensors."""
-
-
-class WriteShard(Value):
-    """A shard that is written tensor by tensor."""
-
-    kind: Literal["write"] = "write"
-    file: str
-    tensors: tuple[WriteTensor, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(tensor.name for tensor in self.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
-
-Shard = Annotated[LinkShard | WriteShard, Field(discriminator="kind")]
-
-
-class MergePlan(Value):
-    """All steps of the merge. Files are relative to `base_folder`, trained files to `artifact_folder`."""
-
-    base_folder: str
-    artifact_folder: str
-    merged_into: MergedInto
-    """`dequantized`: weights that were quantized in training go through nf4 first. `original`: the stored base."""
-    held_dtype: Literal["bfloat16", "float32"]
-    """Dtype that training dequantized to."""
-    task: Task
-    class_names: tuple[str, ...] = ()
-    pooling: Pooling = Pooling()
-    padding: Padding | None = None
-    """As in the base's `BaseLoad`; so is `pooling`."""
-    unties_head: bool = False
-    shards: tuple[Shard, ...]
-    head: WriteShard | None = None
-    """HEAD_FILE, beside the shards of the model; None if the model's class has the head."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of all output tensors, without headers."""
-        return sum(shard.num_bytes for shard in self.shards)
-
-    @property
-    def largest_tensor_bytes(self) -> int:
-        """Size of the largest tensor that is written."""
-        return max((t.num_bytes for shard in self.shards if isinstance(shard, WriteShard) for t in shard.tensors), default=0)
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        """Output file by tensor name."""
-        return {name: shard.file for shard in self.shards for name in shard.names}
+Users = list[tuple[TensorInfo, StoredPart]]
+"""The parameters that one stored tensor is a part of."""
 
 
 def make_merge_plan(
@@ -154,6 +55,7 @@ def make_merge_plan(
     *,
     merge_into: Literal["auto", "original"] = "auto",
     held_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    extra_tensors: ExtraTensors = "keep",
 ) -> MergePlan:
     """Decide what becomes of every tensor.
 
@@ -162,6 +64,7 @@ def make_merge_plan(
         selection: If given, the trained tensors must be exactly those it names.
         merge_into: `auto`: the base as training used it; `original`: the stored one, even if training quantized it.
         held_dtype: Compute dtype of the training.
+        extra_tensors: What becomes of stored tensors that the class does not have.
 
     Raises:
         BaseError: the base has no weights, or its files changed.
@@ -171,25 +74,23 @@ def make_merge_plan(
         raise BaseError("the folder has no weights", where=anatomy.folder, remedy="put the base's safetensors files there")
     artifact = read_artifact(Path(artifact_folder))
     artifact.check(anatomy, base_load.num_classes if base_load.traits.head.is_new else 0, selection)
-    dequantized = base_load.quantize == "nf4" and merge_into == "auto"
-    held_quantized = {name for linears in anatomy.linears for name in linears} if dequantized else set[str]()
-    dropped = {anatomy.head_weight} if base_load.traits.head.is_new and anatomy.kind == "decoder" else set[str]()
-    tensors = {
-        name: WriteTensor(
-            name=name,
-            shape=info.shape,
-            dtype=info.dtype,
-            operation=_operation(name, artifact, held_quantized),
-            source=info,
-        )
-        for name, info in anatomy.tensors.items()
-        if name not in dropped
-    }
+    dequantized = base_load.quantize != "none" and merge_into == "auto"
+    merge = _Merge(
+        anatomy=anatomy,
+        artifact=artifact,
+        quantize=base_load.quantize,
+        held_quantized={name for linears in anatomy.linears for name in linears} if dequantized else set[str](),
+    )
     new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
     head = None if base_load.pooling.by_class else _head_file(new)
     new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
+    dropped = {tensor.name for tensor in new}
+    if base_load.traits.head.is_new and anatomy.kind == "decoder":
+        heads = {part.name for part in _parts(anatomy, anatomy.head_weight)}
+        dropped |= {anatomy.head_weight, *heads, *(copy.stored_name for copy in anatomy.copies)}
+    tensors = merge.stored_tensors(dropped, with_extra=extra_tensors == "keep")
     return MergePlan(
         base_folder=anatomy.folder,
         artifact_folder=str(Path(artifact_folder).resolve()),
@@ -199,21 +100,138 @@ def make_merge_plan(
         class_names=base_load.class_names,
         pooling=base_load.pooling,
         padding=base_load.padding,
-        unties_head=anatomy.tied and (anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters),
+        unties_head=_unties_head(anatomy, artifact),
         shards=_shards(Path(anatomy.folder), tensors, new),
         head=head,
     )
 
 
-def _operation(name: str, artifact: Artifact, held_quantized: set[str]) -> Operation:
-    """Return the operation on one tensor. Unfrozen matrices were trained in 16 bits, so only the others of the blocks went
-    through nf4."""
-    adapter = artifact.adapters.get(name)
-    if name in artifact.whole:
-        return Replace(trained=artifact.whole[name])
-    if name in held_quantized:
-        return Dequantize(adapter=adapter)
-    return ApplyAdapter(adapter=adapter) if adapter else Keep()
+def _unties_head(anatomy: ModelAnatomy, artifact: Artifact) -> bool:
+    """Return whether the output has a head of its own though the base's config may tie it."""
+    if not anatomy.tied:
+        return anatomy.head_weight in anatomy.tensors
+    return anatomy.head_weight in artifact.whole or anatomy.head_weight in artifact.adapters
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What became of the parameters, on its way to the stored tensors."""
+
+    anatomy: ModelAnatomy
+    artifact: Artifact
+    quantize: Quantize
+    held_quantized: set[str]
+    """Parameters that training held quantized, and that are merged as it used them."""
+    users: dict[str, list[tuple[TensorInfo, StoredPart]]] = field(
+        default_factory=dict[str, "list[tuple[TensorInfo, StoredPart]]"]
+    )
+    """Stored name -> the parameters in it."""
+
+    def stored_tensors(self, dropped: set[str], *, with_extra: bool) -> list[WriteTensor]:
+        """Return the base's tensors as they are written, without those of these stored names."""
+        for info in self.anatomy.tensors.values():
+            for part in info.stored_parts:
+                self.users.setdefault(part.name, []).append((info, part))
+        tensors = [self._stored_tensor(name) for name in self.users if name not in dropped]
+        # The copy of a parameter that was trained would not equal it any more, and without it the class ties them.
+        copies = [copy for copy in self.anatomy.copies if copy.name not in self.artifact.whole]
+        others = (*self.anatomy.buffers, *copies, *(self.anatomy.extra if with_extra else ()))
+        return tensors + [kept for info in others if (kept := _kept(info)).name not in dropped]
+
+    def _stored_tensor(self, name: str) -> WriteTensor:
+        users = self.users[name]
+        part = users[0][1]
+        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+        operations = [self._operation(info, part) for info, part in users]
+        operation: Operation
+        if all(operation.kind == "keep" for operation in operations):
+            operation = Keep()
+        elif len(users) == 1 and not part.length:
+            operation = operations[0]
+        else:
+            sections = [_section(part, operation) for (_, part), operation in zip(users, operations, strict=True)]
+            operation = _composed(name, part.shape[0], sections)
+        return WriteTensor(name=name, shape=part.shape, dtype=part.dtype, operation=operation, source=source)
+
+    def _operation(self, info: TensorInfo, part: StoredPart) -> Single:
+        """Return the operation on the part of a parameter. Unfrozen matrices were trained in 16 bits, so only the others of the
+        blocks were quantized."""
+        adapter = self.artifact.adapters.get(info.name)
+        trained = self.artifact.whole.get(info.name)
+        place = _place(info, part)
+        if trained is not None:
+            return Replace(trained=trained, place=place)
+        reversed = info.name in self.anatomy.transposed
+        if adapter is not None and place.length and _logical_axis(info, place, reversed) == 1:
+            raise SelectionError(
+                f"the adapter of {info.name} cannot be merged into {part.name}, which holds some of its columns",
+                where=part.file,
+                expected="a stored tensor with whole rows of the weight",
+                remedy="train it whole (`tune: full`), or leave it out of `modules`",
+            )
+        if info.name in self.held_quantized:
+            parameter = info if info.parts else None
+            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, reversed=reversed, parameter=parameter)
+        if adapter is not None:
+            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
+        return Keep()
+
+
+def _place(info: TensorInfo, part: StoredPart) -> Place:
+    if not info.parts:
+        return WHOLE
+    oriented = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if part.transposed else part.shape
+    length = part.length or oriented[part.axis]
+    # All of the parameter along the axis: no need to narrow it.
+    whole = length == info.shape[len(part.index) + part.axis]
+    return Place(
+        index=part.index,
+        start=0 if whole else part.start,
+        length=0 if whole else length,
+        axis=0 if whole else part.axis,
+        transposed=part.transposed,
+    )
+
+
+def _logical_axis(info: TensorInfo, place: Place, reversed: bool) -> int:
+    """Return the dimension of the weight [out, in] along which a place counts; negative for one of the experts."""
+    axis = len(place.index) + place.axis - (len(info.shape) - 2)
+    return 1 - axis if reversed and axis >= 0 else axis
+
+
+def _section(part: StoredPart, operation: Single) -> Section:
+    if part.axis or part.transposed:
+        raise BaseError(
+            f"{part.name} is stored together with other parameters, column by column: it cannot be merged",
+            where=part.file,
+            expected="parameters that share a stored tensor row by row",
+            remedy="load the base with transformers, and save it with `save_pretrained(..., save_original_format=False)`",
+        )
+    return Section(start=part.offset, stop=part.offset + (part.length or part.shape[0]), operation=operation)
+
+
+def _composed(name: str, num_rows: int, sections: list[Section]) -> Compose:
+    """Return the sections in order; rows that no parameter uses are kept."""
+    ordered: list[Section] = []
+    end = 0
+    for section in sorted(sections, key=lambda section: section.start):
+        assert section.start >= end, f"{name}: two parameters share row {section.start}"
+        if section.start > end:
+            ordered.append(Section(start=end, stop=section.start, operation=Keep()))
+        ordered.append(section)
+        end = section.stop
+    if end < num_rows:
+        ordered.append(Section(start=end, stop=num_rows, operation=Keep()))
+    return Compose(sections=tuple(ordered))
+
+
+def _parts(anatomy: ModelAnatomy, name: str) -> Iterable[StoredPart]:
+    return anatomy.tensors[name].stored_parts if name in anatomy.tensors else ()
+
+
+def _kept(info: TensorInfo) -> WriteTensor:
+    source = info.model_copy(update={"name": info.stored_name or info.name, "stored_name": ""})
+    return WriteTensor(name=source.name, shape=source.shape, dtype=source.dtype, operation=Keep(), source=source)
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
@@ -239,10 +257,10 @@ def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:
     )
 
 
-def _shards(base: Path, tensors: Mapping[str, WriteTensor], new: list[WriteTensor]) -> tuple[Shard, ...]:
+def _shards(base: Path, tensors: list[WriteTensor], new: list[WriteTensor]) -> tuple[Shard, ...]:
     """Return the base's own shards, ordered by name, and one more for new tensors."""
     by_file: dict[str, list[WriteTensor]] = {}
-    for tensor in tensors.values():
+    for tensor in tensors:
         assert tensor.source is not None
         by_file.setdefault(tensor.source.file, []).append(tensor)
     groups = [(file, by_file[file]) for file in sorted(by_file)] + ([("", new)] if new else [])

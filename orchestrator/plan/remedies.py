@@ -146,7 +146,13 @@ def learning_groups(
     """
     new = {anatomy.classifier_weight, anatomy.classifier_bias, *(tensor.name for tensor in anatomy.new_tensors)}
     new = new if selection.new_classifier else set[str]()
-    depth = {_module(tensor): block for block, tensors in enumerate(anatomy.blocks) for tensor in tensors}
+    depth = {
+        name: block
+        for block, tensors in enumerate(anatomy.blocks)
+        for tensor in tensors
+        # The adapter of a parameter that is no layer of its own (of routed experts) has the parameter's name.
+        for name in (_module(tensor), tensor)
+    }
     top = anatomy.num_blocks - 1
 
     def kind(name: str) -> tuple[float, bool]:

@@ -127,9 +127,9 @@ def surviving_share(search: SearchPlan, rung: int) -> float:
     return search.reduction_factor**-compared
 
 
-def packs(spec: JobSpec) -> bool:
+def packs(spec: JobSpec, anatomy: ModelAnatomy) -> bool:
     """Return whether documents share rows."""
-    return spec.data.pack and not spec.traits.head.one_document_per_row
+    return spec.data.pack and anatomy.ways.packs and not spec.traits.head.one_document_per_row
 
 
 def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
@@ -151,7 +151,7 @@ def row_tokens(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> int:
         )
     # A packed row wider than a rank's share of the step would leave other ranks without a row.
     of_a_rank = tokens_per_step(spec, data) // data.step_ranks
-    width = max(longest, min(spec.data.max_tokens, of_a_rank)) if packs(spec) else longest
+    width = max(longest, min(spec.data.max_tokens, of_a_rank)) if packs(spec, anatomy) else longest
     return -(-width // 8) * 8
 
 

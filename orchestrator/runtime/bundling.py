@@ -47,6 +47,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         IntegrityError, BaseError: the promoted trial's adapter or delta, a set or the base is not what it was.
     """
     final = Path(bundle)
+    inputs = inputs.on_this_node()
     require_whole(inputs)
     tell_bundling(final.parent, "merging the trained weights into the base model")
     staged = stage_bundle(inputs, final)
@@ -104,15 +105,14 @@ def require_whole(inputs: BundleInputs) -> None:
             "damaged rung is set aside and trained again"
         )
         raise
-    if inputs.base_sha256:
-        files = {tensor.file for tensor in inputs.anatomy.tensors.values()}
-        if content_hash(base_identity(Path(inputs.base.folder), files)) != inputs.base_sha256:
-            raise BaseError(
-                "the base's files changed since the run was planned",
-                where=inputs.base.folder,
-                expected="the config and weights that the trials were trained on",
-                remedy="restore the base and submit the spec again; nothing was bundled",
-            )
+    known = inputs.base_sha256
+    if known and content_hash(base_identity(Path(inputs.base.folder), inputs.anatomy.weight_files)) != known:
+        raise BaseError(
+            "the base's files changed since the run was planned",
+            where=inputs.base.folder,
+            expected="the config and weights that the trials were trained on",
+            remedy="restore the base and submit the spec again; nothing was bundled",
+        )
 
 
 def count_reading(folder: Path, trial_id: str) -> int:

@@ -165,6 +165,7 @@ def _inputs(
         step=bundled.step,
         held_dtype=prepared.plan.execution.dtype,
         merge_into=prepared.spec.base.merge_into,
+        extra_tensors=prepared.spec.base.extra_tensors,
         train_set=str(folder / "train.npz"),
         eval_set=str(folder / "eval.npz"),
         test_set=str(folder / "test.npz"),

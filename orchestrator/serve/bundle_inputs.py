@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.bases import folder_on_this_node
+from orchestrator.spec.models import ExtraTensors
 from orchestrator.values import Value
 from orchestrator.work.execution import BaseLoad
 from orchestrator.work.trial import TrialSpec
@@ -31,6 +33,8 @@ class BundleInputs(Value):
     held_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """`ExecutionPlan.dtype`: compute type of training."""
     merge_into: Literal["auto", "original"] = "auto"
+    extra_tensors: ExtraTensors = "keep"
+    """`base.extra_tensors`."""
     train_set: str
     eval_set: str
     """Set with the documents for verification, so that the test set is read only once."""
@@ -50,6 +54,12 @@ class BundleInputs(Value):
     """`DataSummary.inputs_sha256`."""
     spec: dict[str, object] = {}
     """Resolved spec; absolute paths are shortened to their last part in the bundle."""
+
+    def on_this_node(self) -> BundleInputs:
+        """Return the inputs with the base's folder on this node: of a base from the hub each node has its own copy."""
+        folder = str(folder_on_this_node(self.base))
+        base, anatomy = (value.model_copy(update={"folder": folder}) for value in (self.base, self.anatomy))
+        return self.model_copy(update={"base": base, "anatomy": anatomy})
 
 
 def base_label(name: str) -> str:

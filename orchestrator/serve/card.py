@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
-from orchestrator.plan.merge import HEAD_FILE
+from orchestrator.plan.merge_operations import HEAD_FILE
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.classifier import LOADER, READ
 from orchestrator.serve.metadata import front_matter, licence_sentence
-from orchestrator.serve.usage import prompt_rule, snippet
+from orchestrator.serve.usage import gguf_rule, prompt_rule, snippet
 from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.tasks import HeadTraits, metric_facts
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
@@ -30,6 +30,7 @@ MERGED_INTO = {
     "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
+HELD_AS = {"nf4": "nf4, double quantization", "int8": "int8, a scale per row"}
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
 """Comment after `transformers serve`, which needs more than the plain package."""
 CELL = 240
@@ -65,7 +66,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     method = trial.adapter.sentence(trial.lora_rank) if trial.tune == "lora" else "full fine-tuning"
     rows = [
         ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
-        ("base held as", "nf4, double quantization" if inputs.base.quantize == "nf4" else inputs.held_dtype),
+        ("base held as", HELD_AS.get(inputs.base.quantize, inputs.held_dtype)),
         ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
         ("learning rate", f"{trial.learning_rate:.3g}"),
@@ -184,7 +185,7 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
         said = ["The class names are in config.json."]
     else:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
-        said = [line for line in (prompt_rule(inputs),) if line]
+        said = [line for line in (prompt_rule(inputs), gguf_rule(inputs)) if line]
     if inputs.trial.tune == "lora":
         title = ADAPTER_KINDS[inputs.trial.adapter.kind].title
         said.append(f"The {title} adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")

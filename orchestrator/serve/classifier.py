@@ -13,7 +13,8 @@ import transformers
 from orchestrator.anatomy.values import Pooling
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import VerificationError
-from orchestrator.plan.merge import HEAD_FILE
+from orchestrator.plan.merge_operations import HEAD_FILE
+from orchestrator.serve.loading import serving_class
 from orchestrator.store import read_json, read_manifest
 from orchestrator.work.execution import BaseLoad, Padding
 
@@ -113,7 +114,7 @@ def load_served(folder: Path, base: BaseLoad, **options: Any) -> Any:
     """
     if not base.pooling.by_class:
         return load_classifier(folder, local_files_only=True, **options)
-    kind = getattr(transformers, base.traits.head.auto_model)
+    kind = getattr(transformers, serving_class(folder, base.traits.head.auto_model))
     return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 
 

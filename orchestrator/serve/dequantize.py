@@ -1,7 +1,7 @@
-"""The values of a frozen weight after nf4 quantization: those that training multiplied with (QLoRA, Dettmers et al. 2023).
+"""The values of a frozen weight after quantization to nf4 or int8: those that training multiplied with.
 
-Settings as in training: nf4, blocks of 64, double quantization (the blocks' scales in 8 bits, 256 at a time, as
-bitsandbytes fixes it). bitsandbytes' own CPU quantizer takes about 90 ns an element, so the way there and back is
+nf4 as in training (QLoRA, Dettmers et al. 2023): blocks of 64, double quantization (the blocks' scales in 8 bits, 256 at a
+time, as bitsandbytes fixes it). bitsandbytes' own CPU quantizer takes about 90 ns an element, so the way there and back is
 made here in one go, some rows at a time; tests compare it with bitsandbytes and with a loaded model, bit by bit.
 """
 
@@ -12,6 +12,9 @@ from functools import cache
 
 import torch
 from bitsandbytes import functional
+
+from orchestrator.spec.models import Quantize
+from orchestrator.train.model.int8 import held_in_8_bits
 
 BLOCK = 64
 SCALE_BLOCK = 256
@@ -41,6 +44,33 @@ class HeldWeight:
         scaled = _blocks(self.weight[start:stop], self.dtype) * (1.0 / self.absmax[blocks].clamp(min=1e-38))[:, None]
         values = _nearest_codes(scaled.clamp_(-1, 1)).mul_(self.held_absmax[blocks, None])
         return values.reshape(stop - start, width).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class HeldInt8:
+    """Weight[out, in] whose rows can be read with the values that training in 8 bits used."""
+
+    weight: torch.Tensor
+    """Stored weight, memory-mapped from its file."""
+    dtype: torch.dtype
+    """Type that training loaded the weight as, and dequantized it to."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows [stop - start, in] in `dtype`."""
+        return held_in_8_bits(self.weight[start:stop].contiguous(), self.dtype)
+
+
+Held = HeldWeight | HeldInt8 | torch.Tensor
+
+
+def hold(weight: torch.Tensor, dtype: torch.dtype, quantize: Quantize) -> Held:
+    """Return a weight[out, in] as training held it, with readable rows; see `hold_quantized`."""
+    return HeldInt8(weight, dtype) if quantize == "int8" else hold_quantized(weight, dtype)
+
+
+def rows_of(held: Held, start: int, stop: int) -> torch.Tensor:
+    """Return rows [stop - start, in] of a weight that is stored, or held quantized."""
+    return held[start:stop] if isinstance(held, torch.Tensor) else held.rows(start, stop)
 
 
 def hold_quantized(weight: torch.Tensor, dtype: torch.dtype) -> HeldWeight | torch.Tensor:

@@ -24,8 +24,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate, exact_match
 from orchestrator.train.generate import generate_answers, wanted_answers
 from orchestrator.train.model.base import LoadedBase, load_base
-from orchestrator.train.model.heads import head_of
-from orchestrator.train.model.objective import Objective, final_norm_of
+from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.ranks import Ranks
 from orchestrator.transfer import forgetting
 from orchestrator.transfer.records import ModelScores, PromptComparison
@@ -142,20 +141,12 @@ class _Scorer:
             self.test[SHOWN] = self._evaluate(self._objective(base.model), found.data)
 
     def _objective(self, model: nn.Module) -> Objective:
-        anatomy = self._inputs.anatomy
-        head = head_of(self._inputs.base.task).weight_name(anatomy).rpartition(".")[0]
-        # `classify.py` has its own names for the two; the norm is the backbone's.
-        plain = isinstance(model, transformers.PreTrainedModel)
-        backbone, head = (anatomy.backbone, head) if plain else ("backbone", "head")
-        return Objective(
-            model,
-            model.get_submodule(backbone),
-            model.get_submodule(head),
-            self._inputs.base.task,
-            encoder=anatomy.kind == "encoder",
-            pooling=anatomy.pooling,
-            final_norm=final_norm_of(model, anatomy) if plain else None,
-        )
+        anatomy, task = self._inputs.anatomy, self._inputs.base.task
+        if isinstance(model, transformers.PreTrainedModel):
+            return make_objective(model, anatomy, task)
+        # `classify.py` has its own names for the parts.
+        parts = (model.get_submodule("backbone"), model.get_submodule("head"))
+        return Objective(model, *parts, task, encoder=anatomy.kind == "encoder", pooling=anatomy.pooling)
 
     @torch.no_grad()
     def score(self, name: str, model: nn.Module, *, generate: bool) -> None:
@@ -167,12 +158,14 @@ class _Scorer:
                 self._retain[name] = retained.loss
                 self._retain_accuracy[name] = answer_accuracy(retained, self._retained)
             if generate and len(self._generated):
-                self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=PROMPTS_AT_ONCE)
+                rows = PROMPTS_AT_ONCE if self._inputs.anatomy.ways.pads else 1
+                self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=rows)
 
     def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
         longest = int(data.lengths.max())
-        if self._head.one_document_per_row:
-            return evaluate(objective, data, RowPlan(longest, 16, pack=False), self._ranks)
+        ways = self._inputs.anatomy.ways
+        if self._head.one_document_per_row or not ways.packs:
+            return evaluate(objective, data, RowPlan(longest, 16 if ways.pads else 1, pack=False, pads=ways.pads), self._ranks)
         return evaluate(objective, data, RowPlan(max(longest, ROW_TOKENS), 2, pack=True), self._ranks)
 
     def model_scores(self, name: str) -> ModelScores:

@@ -17,20 +17,20 @@ from types import TracebackType
 
 import torch
 
-from orchestrator.plan.merge import WriteTensor
+from orchestrator.anatomy.values import DTYPE_BYTES
+from orchestrator.plan.merge_operations import WriteTensor
 from orchestrator.store.files import usual_mode
 from orchestrator.units import MIB
 
 SYNC_BYTES = 256 * MIB
 """Bytes written between syncs, so that few dirty pages accumulate."""
 CHUNKS_IN_FLIGHT = 2
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def write_order(tensors: Sequence[WriteTensor]) -> list[WriteTensor]:
     """Return the tensors with wide types first, so that each starts at a multiple of its item size, as in the format's own
     writer."""
-    return sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    return sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
 
 
 class ShardWriter:

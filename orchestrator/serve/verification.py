@@ -22,8 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -34,12 +33,13 @@ from orchestrator.data.encoding.padding import odd_documents
 from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
-from orchestrator.plan.merge import MergedInto
+from orchestrator.plan.merge_operations import MergedInto
 from orchestrator.serve import verification_process
 from orchestrator.serve.classifier import LOADER
+from orchestrator.serve.loading import serving_class
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.adapters.branch import head_name
-from orchestrator.train.model.base import LoadedBase, load_base
+from orchestrator.train.model.base import LoadedBase, dequantized, load_base
 from orchestrator.train.model.objective import objective_of
 from orchestrator.transfer.records import ClassifiedDocuments, VerificationFigures
 from orchestrator.units import MIB
@@ -99,7 +99,7 @@ def verify(
         probe = Path(name) / "probe.safetensors"
         dtype = _compute_dtype(trained, device)
         # In a function of its own, so that the trained model is freed before the fresh process loads the bundle.
-        kl_base, positions, num_prompts = _write_probe(probe, trained, torch.device(device), dtype, max_tokens)
+        kl_base, positions, num_prompts = _write_probe(probe, bundle, trained, torch.device(device), dtype, max_tokens)
         gc.collect()
         answer = _check_in_fresh_process(probe, bundle, device, dtype)
     assert answer["positions"] == positions
@@ -163,7 +163,9 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
         )
 
 
-def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int) -> tuple[float, int, int]:
+def _write_probe(
+    probe: Path, bundle: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int
+) -> tuple[float, int, int]:
     """Write the trained model's distributions; return (mean KL to the base over held-out documents, positions, held-out
     documents). A classifier's documents are the held-out ones and then the odd texts."""
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
@@ -182,8 +184,12 @@ def _write_probe(probe: Path, trained: TrainedModel, device: torch.device, dtype
     pairs = list(zip(found, untouched, strict=True))[:num_held_out]
     kl_base = math.fsum(verification_process.divergence(new, old) for new, old in pairs) / sum(len(new) for new, _ in pairs)
     log_probs = torch.cat(found)
-    loader = "" if trained.base.pooling.by_class else LOADER
-    about = {"auto_model": head.auto_model, "supervises": head.supervises, "loader": loader}
+    about = {
+        "auto_model": serving_class(bundle, head.auto_model),
+        "supervises": head.supervises,
+        "pads": str(int(trained.anatomy.ways.pads)),
+        "loader": "" if trained.base.pooling.by_class else LOADER,
+    }
     save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, about)
     return kl_base, len(log_probs), num_held_out
 
@@ -204,7 +210,8 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document:
     model.eval()
     try:
         if not by_document:
-            return list(verification_process.distributions(model, documents, by_document=False))
+            pads = base.anatomy.ways.pads
+            return list(verification_process.distributions(model, documents, by_document=False, pads=pads))
         objective = objective_of(base, model.get_submodule(head_name(base).rpartition(".")[0]))
         device = next(model.parameters()).device
         rows = [(ids[None].to(device), torch.tensor([len(ids)], device=device)) for ids in documents]
@@ -214,18 +221,17 @@ def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Let a loaded model compute in float32 with unchanged weights; 4-bit ones dequantize as in training."""
+    """Let a loaded model compute in float32 with unchanged weights; quantized ones dequantize as in training."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
             setattr(module, "forward", partial(_dequantized_linear, module))  # noqa: B010 (an instance's own forward)
     for parameter in model.parameters():
         if not hasattr(parameter, "quant_state") and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
 
-def _dequantized_linear(layer: Linear4bit, inputs: torch.Tensor) -> torch.Tensor:
-    weight: Any = layer.weight
-    return functional.linear(inputs, dequantize_4bit(weight.data, weight.quant_state).float(), layer.bias)
+def _dequantized_linear(layer: Linear4bit | Linear8bitLt, inputs: torch.Tensor) -> torch.Tensor:
+    return functional.linear(inputs, dequantized(layer.weight).float(), layer.bias)
 
 
 def _held_out(trained: TrainedModel, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,13 +31,16 @@ RESIDENT_SHARE = 0.7
 
 
 @torch.no_grad()
-def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document: bool) -> Iterator[torch.Tensor]:
+def distributions(
+    model: Any, documents: Sequence[torch.Tensor], *, by_document: bool, pads: bool = True
+) -> Iterator[torch.Tensor]:
     """Yield the log-probabilities of each document, in order: float32[L, V] at its L positions, or [1, classes].
 
     Args:
         model: A whole transformers model, in eval mode.
         documents: int64[L] each. Several share a forward pass, padded on the right.
         by_document: One prediction for a document, at its end; each document is then alone in its forward pass.
+        pads: False if padding changes what the model computes; each document is then alone, too.
     """
     if by_document:
         for ids in documents:
@@ -46,7 +49,7 @@ def distributions(model: Any, documents: Sequence[torch.Tensor], *, by_document:
             ).logits
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
         return
-    for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.vocab_size)):
+    for batch in _batches(documents, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size) if pads else 0):
         # Padded on the right under a causal mask, so padding cannot affect earlier positions.
         width = max(len(ids) for ids in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -139,7 +142,7 @@ def main() -> None:
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
         by_document = head["supervises"] == "documents"
         trained, kls, gaps, start = probe.get_slice("log_probs"), list[float](), list[float](), 0
-        for found in distributions(model, documents, by_document=by_document):
+        for found in distributions(model, documents, by_document=by_document, pads=head["pads"] == "1"):
             reference = trained[start : start + len(found)]
             kls.append(divergence(reference, found))
             gaps += answer_gaps(reference, found) if by_document else []

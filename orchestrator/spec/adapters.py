@@ -14,14 +14,19 @@ from annotated_types import MinLen
 from orchestrator.values import Value
 
 AdapterName = Literal["lora", "rslora", "dora"]
-Modules = Literal["all", "attention", "mlp"] | Annotated[tuple[str, ...], MinLen(1)]
-"""Linear layers of a block: all, those of its attention or of its MLP, or those of these names."""
+ModuleGroup = Literal["all", "attention", "mlp", "experts"]
+Modules = ModuleGroup | Annotated[tuple[str, ...], MinLen(1)]
+"""Modules of a block: all its linear layers, those of its attention or of its MLP, its routed experts; or several of these
+groups and of names."""
 Shape = tuple[int, ...]
 LORA_A, LORA_B, LORA_MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 class AdapterKind:
     """LoRA, W + scale * B @ A (Hu et al. 2021), and the base class of the other kinds. W is [out, in], r the rank.
+
+    The matrices of E routed experts are one weight, [E, out, in]. Each expert has its own A and B, in two matrices as PEFT lays
+    them out: A is [E r, in], expert by expert, and B [out, r E], whose columns begin with the first one of every expert.
 
     Tensors are named by what PEFT appends to the adapted module's name when it saves them.
     """
@@ -34,13 +39,16 @@ class AdapterKind:
     """True if the frozen layer must run a second time, on the adapter's input, when dropout makes it differ from the layer's."""
     adds_product: ClassVar[bool] = True
     """True if scale * B @ A is the entire change of the weight, which the anchor `product` assumes."""
+    adapts_experts: ClassVar[bool] = True
+    """True if PEFT has the kind for stacked weights of routed experts."""
 
     def scale(self, alpha: float, lora_rank: int) -> float:
         return alpha / lora_rank
 
     def shapes(self, weight: Shape, lora_rank: int) -> dict[str, Shape]:
         """Return the shapes of the trainable tensors by suffix, in the order in which the model lists them."""
-        return {LORA_A: (lora_rank, weight[1]), LORA_B: (weight[0], lora_rank)}
+        columns = prod(weight[:-2]) * lora_rank
+        return {LORA_A: (columns, weight[-1]), LORA_B: (weight[-2], columns)}
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -50,8 +58,8 @@ class AdapterKind:
         return sum(prod(shape) for shape in self.shapes(weight, lora_rank).values())
 
     def multiplied_elements(self, weight: Shape, lora_rank: int) -> int:
-        """Return how many of the adapter's elements each token is multiplied with."""
-        return lora_rank * (weight[0] + weight[1])
+        """Return how many of the adapter's elements each token is multiplied with; of routed experts, those of one expert."""
+        return lora_rank * (weight[-2] + weight[-1])
 
     def kept_elements(self, weight: Shape, lora_rank: int) -> int:
         """Return how many numbers per token are kept for the backward pass, not counting the input of the layer."""
@@ -80,6 +88,7 @@ class Dora(AdapterKind):
     title = "DoRA"
     peft_options: ClassVar[Mapping[str, bool]] = {"use_dora": True}
     adds_product = False
+    adapts_experts = False
     runs_layer_on_its_input = True
 
     def shapes(self, weight: Shape, lora_rank: int) -> dict[str, Shape]:
@@ -106,7 +115,7 @@ class AdapterOptions(Value):
     dropout: float = 0.0
     """Share of an adapter's input that is dropped out in training."""
     modules: Modules = "all"
-    """The linear layers of the blocks that are adapted."""
+    """The modules of the blocks that are adapted."""
 
     def method(self, lora_rank: int | None) -> str:
         """Return `lora r16 · alpha 8`: the kind, the rank, and every option that is not the default."""

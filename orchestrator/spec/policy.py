@@ -1,4 +1,5 @@
-"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`.
+"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`; with `+head`, `+router`,
+`+embeddings`, `+new_tokens` and `+norms` what is trained besides.
 
 `anatomy.select` resolves a policy on a base.
 """
@@ -7,14 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from orchestrator.errors import SelectionError
 
 Kind = Literal["none", "head", "last", "first", "blocks", "all", "top"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head to any blocks"
+Extra = Literal["head", "router", "embeddings", "new_tokens", "norms"]
+EXTRAS: tuple[Extra, ...] = get_args(Extra)
+"""What can be trained besides, in the order of the normal form."""
+FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head, +router, +embeddings, +new_tokens or +norms"
 EXAMPLES: dict[str, str] = {
     "none": "none",
     "head": "head",
@@ -37,7 +41,21 @@ class Policy:
     """First and last block of each run of `blocks`, ascending and not adjacent."""
     fraction: float = 0.0
     """Share of the blocks for `top`."""
-    with_head: bool = False
+    extras: tuple[Extra, ...] = ()
+    """What is trained besides, in the order of EXTRAS, each once."""
+
+    @property
+    def with_head(self) -> bool:
+        return "head" in self.extras
+
+    @property
+    def with_router(self) -> bool:
+        """Whether the routers of the chosen blocks are trained, which choose the experts of a token."""
+        return "router" in self.extras
+
+    def without(self, extra: Extra) -> Policy:
+        """Return the same policy without this extra."""
+        return replace(self, extras=tuple(kept for kept in self.extras if kept != extra))
 
     def __str__(self) -> str:
         """Return the normal form: `parse_policy(str(policy)) == policy`."""
@@ -50,7 +68,7 @@ class Policy:
                 text = f"top:{self.fraction:g}"
             case _:
                 text = self.kind
-        return text + ("+head" if self.with_head else "")
+        return "+".join((text, *self.extras))
 
 
 def parse_policy(text: str) -> Policy:
@@ -60,34 +78,56 @@ def parse_policy(text: str) -> Policy:
         SelectionError: not a policy; `expected` lists the forms, `remedy` suggests a similar one.
     """
     compact = re.sub(r"\s+", "", text).lower()
-    body, plus, extra = compact.partition("+")
+    body, *added = compact.split("+")
     word, colon, argument = body.partition(":")
     kind: Kind | None = next((kind for kind in KINDS if kind == word), None)
-    if kind is None or (plus and extra != "head"):
+    if kind is None:
         raise _unknown(text, compact)
+    extras = _parse_extras(text, added)
     if kind in ("none", "head", "all") and colon:
         raise _wrong(text, f"`{kind}` takes no argument", f"write {kind}")
-    if kind in ("none", "head") and plus:
+    if kind == "none" and extras:
+        raise _wrong(text, "`none` trains nothing", "write none")
+    if kind == "head" and "head" in extras:
         raise _wrong(text, "`+head` goes with blocks", "write head")
-    with_head = bool(plus)
+    if kind == "head" and "router" in extras:
+        raise _wrong(text, "`+router` goes with blocks", "write last:2+router")
+    return replace(_blocks(text, kind, argument), extras=extras)
+
+
+def _blocks(text: str, kind: Kind, argument: str) -> Policy:
+    """Return the policy of these blocks."""
     match kind:
         case "last" | "first":
             if not re.fullmatch(r"[0-9]{1,4}", argument) or int(argument) < 1:
                 remedy = "write none" if argument == "0" else f"write {kind}:2"
                 raise _wrong(text, f"`{kind}` needs a number of blocks, at least 1", remedy)
-            return Policy(kind, count=int(argument), with_head=with_head)
+            return Policy(kind, count=int(argument))
         case "blocks":
-            return Policy(kind, ranges=_parse_ranges(text, argument), with_head=with_head)
+            return Policy(kind, ranges=_parse_ranges(text, argument))
         case "top":
-            return Policy(kind, fraction=_parse_fraction(text, argument), with_head=with_head)
+            return Policy(kind, fraction=_parse_fraction(text, argument))
         case _:
-            return Policy(kind, with_head=with_head)
+            return Policy(kind)
 
 
 def normal_form(text: str) -> str:
     """Return the normal form: `last: 2` -> `last:2`, `blocks:8,0-3` -> `blocks:0-3,8`. Raises SelectionError like
     `parse_policy`."""
     return str(parse_policy(text))
+
+
+def _parse_extras(text: str, added: list[str]) -> tuple[Extra, ...]:
+    if len(set(added)) < len(added):
+        raise _wrong(text, "the same thing is added twice", "write each once")
+    unknown = next((word for word in added if word not in EXTRAS), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, EXTRAS, n=1, cutoff=0.4) or ["head"]
+        meant = re.sub(r"\s+", "", text).lower().replace(f"+{unknown}", f"+{near[0]}", 1)
+        raise _wrong(text, "not a layer policy", f"did you mean {meant}?")
+    if {"embeddings", "new_tokens"} <= set(added):
+        raise _wrong(text, "`+embeddings` trains the rows of new tokens too", "write one of +embeddings and +new_tokens")
+    return tuple(extra for extra in EXTRAS if extra in added)
 
 
 def _parse_ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:

@@ -47,6 +47,7 @@ class Anchored:
     """(A, B) of every adapter by the id of its master; None for an engine that partitions them."""
     adapter_scale: float
     """Scale of an adapter's product in the model."""
+    lora_rank: int
     importances: Sequence[torch.Tensor] | None
     """Fisher information of each master; None for an anchor that does not use it."""
 
@@ -119,7 +120,11 @@ class ProductAnchor:
     @classmethod
     def of(cls, anchored: Anchored) -> ProductAnchor:
         assert anchored.adapters is not None, "the plan leaves out engines that partition adapters"
-        return cls(anchored.adapters(), anchored.strength, anchored.adapter_scale)
+        by_expert = {
+            master: [each for a, b in pairs for each in _by_expert(a, b, anchored.lora_rank)]
+            for master, pairs in anchored.adapters().items()
+        }
+        return cls(by_expert, anchored.strength, anchored.adapter_scale)
 
     @torch.no_grad()
     def pull(self, master: torch.Tensor, learning_rate: float) -> None:
@@ -128,6 +133,12 @@ class ProductAnchor:
             unit = torch.eye(a.shape[0], device=a.device)
             a.copy_(torch.linalg.solve(unit + reach * (b.T @ b), a))
             b.copy_(torch.linalg.solve(unit + reach * (a @ a.T), b.T).T)
+
+
+def _by_expert(a: torch.Tensor, b: torch.Tensor, lora_rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the pairs A[r, in], B[out, r] of every expert as views, of a linear layer its only one (`AdapterKind`)."""
+    each_b = b.unflatten(1, (lora_rank, -1)).movedim(2, 0)
+    return list(zip(a.unflatten(0, (-1, lora_rank)).unbind(), each_b.unbind(), strict=True))
 
 
 ANCHOR_CLASSES: Mapping[AnchorKind, Callable[[Anchored], Anchor]] = {

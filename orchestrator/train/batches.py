@@ -82,18 +82,20 @@ class RowPlan:
     num_ranks: int = 1
     one_shape: bool = False
     """True if all full micro-batches are padded to the longest row, and so have one shape."""
+    pads: bool = True
+    """False if no row may be padded: then a micro-batch has one row."""
 
     @classmethod
     def of(cls, execution: ExecutionPlan, rank: int, *, one_document_per_row: bool) -> RowPlan:
         """Return how `execution` lays out rows on this rank."""
         pack = execution.pack and not one_document_per_row
-        return cls(execution.row_tokens, execution.micro_batch_rows, pack, rank, execution.ranks)
+        return cls(execution.row_tokens, execution.micro_batch_rows, pack, rank, execution.ranks, pads=execution.pads)
 
     def batches(self, data: TokenizedSet, documents: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches, the same number on every rank."""
         rows = pack_rows(data.lengths, documents, self.row_tokens, self.pack)
         width = width_of(self.row_tokens) if self.one_shape else 0
-        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, width)
+        return micro_batches(data, rows, self.rank, self.num_ranks, self.rows_per_micro_batch, width, pads=self.pads)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device, trunk: TrunkStates | None = None) -> dict[str, torch.Tensor]:

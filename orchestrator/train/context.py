@@ -56,6 +56,8 @@ class HostContext:
     sets: SetCache
     trunk: TrunkLibrary
     saver: Saver
+    base_test: str = ""
+    """What the self-test of the base found."""
     fitted_heads: dict[str, FittedHead] = field(default_factory=dict[str, FittedHead])
     """Classifiers fitted on the base's features (`head_fit`), by what they depend on."""
 
@@ -67,7 +69,13 @@ class HostContext:
 
     def rows(self, execution: ExecutionPlan) -> RowPlan:
         """Return how documents share this rank's rows under an execution."""
-        return RowPlan.of(execution, self.ranks.rank, one_document_per_row=self.base.load.traits.head.one_document_per_row)
+        alone = self.base.load.traits.head.one_document_per_row or not self.base.anatomy.ways.packs
+        return RowPlan.of(execution, self.ranks.rank, one_document_per_row=alone)
+
+    @property
+    def head_module(self) -> str:
+        """The name of the base's own head."""
+        return head_name(self.base).rpartition(".")[0]
 
     def open_trunk(self, plan: TrunkPlan | None, data: DataPaths, note: Callable[[str], None]) -> float:
         """Compute the planned activations that are not stored yet. Called on every rank, with no branch open.
@@ -78,8 +86,7 @@ class HostContext:
         if plan is None:
             return 0.0
         # Only the blocks are run, but an objective needs a head: the base's own.
-        head = self.base.model.get_submodule(head_name(self.base).rpartition(".")[0])
-        objective = objective_of(self.base, head)
+        objective = objective_of(self.base, self.base.model.get_submodule(self.head_module))
         with forward_ready(objective, self.execution):
             heartbeat.enter("caching activations")
             partitioned = is_partitioned(self.execution)

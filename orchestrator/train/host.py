@@ -6,10 +6,12 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.bases import folder_on_this_node
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
@@ -23,6 +25,7 @@ from orchestrator.train.model.base import load_base, loading_device
 from orchestrator.train.outcome import TRIAL_ERRORS, TrialOutcome
 from orchestrator.train.ranks import Ranks, join_gang, leave_gang
 from orchestrator.train.session import TrainingSession, evaluate_base
+from orchestrator.train.ways import check_ways
 from orchestrator.work.assignment import EvaluateBase, Measurement, MeasureShift, ScoreBlocks, TrainRung, Work
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 from orchestrator.work.failure import Failure
@@ -41,7 +44,8 @@ class TrainHost:
         base = load_base(base_load, anatomy, dtype=dtype, device=ranks.device, load_on=load_on)
         if execution.executor == "deepspeed":
             deepspeed_engine.prepare_base(base.model, execution, ranks.device)
-        self.context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
+        context = HostContext.create(base, base_fingerprint(base.model), execution, ranks)
+        self.context = replace(context, base_test=check_ways(context))
         self.batch_sizes = FusedBatchSizes(self.context)
         self._ordinal = 0
         """Number of pieces of work that were run before."""
@@ -76,6 +80,7 @@ class TrainHost:
             BaseError: the base cannot be loaded.
         """
         heartbeat.enter("loading the base")
+        base = base.model_copy(update={"folder": str(folder_on_this_node(base))})
         # Before the process group exists: see `load_deepspeed`.
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)

@@ -93,6 +93,7 @@ def forward_record(context: HostContext, work: TrainRung | EvaluateBase, executi
         peak_memory_bytes=0,
         live_engines=num_live_engines(),
         base_loads=context.base.num_loads,
+        base_test=context.base_test,
         ordinal=ordinal,
         device=execution.device,
         predicted_memory_bytes=work.predicted_memory_bytes,

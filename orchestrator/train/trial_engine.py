@@ -80,9 +80,10 @@ def _fisher(file: Path, measure: Callable[[], list[torch.Tensor]], execution: Ex
 
 
 def _anchor(plan: AnchorPlan, engine: Engine, branch: Branch, weights: Sequence[torch.Tensor] | None) -> Anchor:
-    scale = branch.selection.adapter_kind.scale(branch.lora_alpha, branch.selection.lora_rank or 1)
+    lora_rank = branch.selection.lora_rank or 1
+    scale = branch.selection.adapter_kind.scale(branch.lora_alpha, lora_rank)
     adapters = engine.adapters if isinstance(engine, TorchEngine) else None
-    return ANCHOR_CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, weights))
+    return ANCHOR_CLASSES[plan.kind](Anchored(plan.strength, engine.anchored_masters, adapters, scale, lora_rank, weights))
 
 
 def _fisher_name(context: HostContext, execution: ExecutionPlan, work: TrainRung, retention: TokenizedSet) -> str:

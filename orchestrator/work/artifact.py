@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import SelectionError
@@ -17,8 +18,9 @@ from orchestrator.values import Value
 ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
+PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
+"""Suffix of PEFT's name for the trained rows of an embedding or output projection, in place of `.new_rows`."""
 UNSUPPORTED: dict[str, object] = {
-    "fan_in_fan_out": False,
     "bias": "none",
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -33,10 +35,12 @@ class StoredAdapter(Value):
     tensors: dict[str, TensorInfo]
     """Its tensors by suffix; see `AdapterKind.shapes`."""
     alpha: float
+    num_experts: int = 0
+    """Number of experts whose A and B are in each tensor, of a stacked weight; else 0."""
 
     @property
     def lora_rank(self) -> int:
-        return self.tensors[LORA_A].shape[0]
+        return self.tensors[LORA_A].shape[0] // max(1, self.num_experts)
 
     @property
     def scale(self) -> float:
@@ -77,13 +81,12 @@ class Artifact(Value):
             self._check_selection(selection, anatomy)
 
     def _check_adapter(self, name: str, adapter: StoredAdapter, anatomy: ModelAnatomy) -> None:
-        shapes = {name: info.shape for name, info in anatomy.tensors.items()}
-        shapes.setdefault(anatomy.head_weight, (anatomy.vocab_size, anatomy.hidden_size))
-        if name not in shapes:
-            raise _unknown(self.folder, name, shapes)
-        shape = shapes[name]
+        if name not in (known := {*anatomy.tensors, anatomy.head_weight}):
+            raise _unknown(self.folder, name, known)
+        shape = anatomy.matrix_shape(name)
         found = {suffix: info.shape for suffix, info in adapter.tensors.items()}
-        expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if len(shape) == 2 else {}
+        fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == adapter.num_experts)
+        expected = ADAPTER_KINDS[adapter.kind].shapes(shape, adapter.lora_rank) if fits else {}
         if found != expected:
             raise SelectionError(
                 f"the adapter of {name} has {_spell_shapes(found)}",
@@ -111,11 +114,30 @@ class Artifact(Value):
                 )
 
 
+def peft_modules(parameters: Iterable[str]) -> dict[str, str]:
+    """Return the module name under which PEFT saves the adapter of each of these `target_parameters`.
+
+    It wraps a module once for each of its parameters, in their order in the module: `experts.gate_up_proj` and
+    `experts.down_proj` become `experts.base_layer` and `experts`.
+    """
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: module + ".base_layer" * (len(names) - 1 - number)
+        for module, names in by_module.items()
+        for number, name in enumerate(names)
+    }
+
+
 def new_shapes(anatomy: ModelAnatomy, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of tensors that may be new: an untied head; for `classify`, the classifier and an encoder's pooler."""
+    """Return the shapes of tensors that may be new: an untied head, the rows of new tokens; for `classify`, the classifier and an
+    encoder's pooler."""
+    names = (anatomy.embeddings[0], anatomy.head_weight) if anatomy.new_rows else ()
+    rows = {name.removesuffix("weight") + NEW_ROWS: (len(anatomy.new_rows), anatomy.hidden_size) for name in names}
     if not num_classes:
-        return {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
-    shapes: dict[str, tuple[int, ...]] = {info.name: info.shape for info in anatomy.new_tensors}
+        return rows | {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = rows | {info.name: info.shape for info in anatomy.new_tensors}
     shapes[anatomy.classifier_weight] = (num_classes, anatomy.hidden_size)
     if anatomy.classifier_bias:
         shapes[anatomy.classifier_bias] = (num_classes,)
@@ -174,18 +196,23 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, StoredAdapter], dict[str, Te
     whole: dict[str, TensorInfo] = {}
     for key, info in by_name.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
-        if suffix is None:
+        if key.endswith(PEFT_ROWS):
+            whole[f"{key.removesuffix(PEFT_ROWS)}.{NEW_ROWS}"] = info
+        elif suffix is None:
             whole[key.replace(".modules_to_save", "")] = info
         else:
             modules.setdefault(key.removesuffix(suffix), {})[suffix] = info
     adapters: dict[str, StoredAdapter] = {}
+    parameters = {module: name for name, module in peft_modules(config.get("target_parameters") or ()).items()}
     for module, tensors in modules.items():
         for suffix in suffixes:
             if suffix not in tensors:
                 raise SelectionError(
                     f"the adapter of {module} has no {_role(suffix)}", where=str(adapter), remedy="train the trial again"
                 )
-        adapters[f"{module}.weight"] = StoredAdapter(kind=kind.name, tensors=tensors, alpha=float(config["lora_alpha"]))
+        name = parameters.get(module, f"{module}.weight")
+        experts = 0 if name.endswith(".weight") else tensors[LORA_A].shape[0] // int(config["r"])
+        adapters[name] = StoredAdapter(kind=kind.name, tensors=tensors, alpha=float(config["lora_alpha"]), num_experts=experts)
     return adapters, whole
 
 

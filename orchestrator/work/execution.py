@@ -42,6 +42,8 @@ class ExecutionPlan(Value):
     micro_batch_rows: int
     """Rows that a rank computes at once."""
     pack: bool = True
+    pads: bool = True
+    """False if the base's class computes other numbers where a row is padded: a micro-batch is then one row."""
     compiled: bool = False
     """True if the blocks from the cut up are compiled for training."""
     backend: Literal["gloo", "nccl"] = "gloo"
@@ -82,10 +84,18 @@ class BaseLoad(Value):
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     revision: str | None = None
+    """The hub's commit; of a local folder what the spec says."""
+    hub_id: str = ""
+    """Id of the repository on the hub that `folder` is a copy of; empty for a local folder."""
     pooling: Pooling = Pooling()
     """What a new classifier reads of a text."""
     padding: Padding | None = None
     """The padding token of a new classifier; None in records of older versions, and for other tasks."""
+
+    @property
+    def shown(self) -> str:
+        """Return what people call the base: its id on the hub with the commit, or its folder."""
+        return f"{self.hub_id} at {(self.revision or '')[:12]}" if self.hub_id else self.folder
 
     @property
     def traits(self) -> TaskTraits:

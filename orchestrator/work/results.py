@@ -30,6 +30,8 @@ class EngineRecord(Value):
     ordinal: int
     """Number of assignments that this gang had run before."""
     device: str = ""
+    base_test: str = ""
+    """What the self-test of the loaded base found (`train.ways`); empty in records of older versions."""
     rank_peak_memory_bytes: tuple[int, ...] = ()
     """Measured while it trained and was scored, by rank: on a GPU the most that torch's allocator held, on a CPU the
     process's resident memory, sampled after every step and at the end."""

@@ -93,7 +93,12 @@ class Matrix:
 
     def host(self, quantize: str, execution: ExecutionPlan, *, chunk_bytes: int = LOGIT_CHUNK_BYTES) -> None:
         base = BaseLoad.model_validate(
-            {"folder": str(self.folder / "base"), "model_type": "llama", "quantize": quantize, "task": "completion"}
+            {
+                "folder": str(self.folder / "base"),
+                "model_type": self.anatomy.model_type,
+                "quantize": quantize,
+                "task": "completion",
+            }
         )
         self.jobs[execution.ranks].append(
             {

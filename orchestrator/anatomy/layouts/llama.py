@@ -46,7 +46,7 @@ PHI3_LINEARS = (
 )
 
 ROUTED = (
-    TensorTemplate("mlp.gate.weight", ("experts", "hidden")),
+    TensorTemplate("mlp.gate.weight", ("experts", "hidden"), router=True),
     TensorTemplate("mlp.experts.gate_up_proj", ("experts", "2*expert_intermediate", "hidden"), stacked=True),
     TensorTemplate("mlp.experts.down_proj", ("experts", "hidden", "expert_intermediate"), stacked=True),
 )
@@ -149,6 +149,7 @@ EXPERTS = (
         ATTENTION + MLP + NORMS,
         {
             **SPARSE_EVERYWHERE,
+            "router_aux_loss_coef": 0.001,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "num_local_experts": 8,
@@ -168,6 +169,7 @@ EXPERTS = (
         ATTENTION + OPTIONAL_QKV_BIAS + MLP + NORMS,
         {
             **SPARSE_EVERYWHERE,
+            "router_aux_loss_coef": 0.001,
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
             "qkv_bias": True,
@@ -189,6 +191,7 @@ EXPERTS = (
         ATTENTION + OPTIONAL_ATTENTION_BIAS + QK_NORMS + MLP + NORMS,
         {
             **SPARSE_EVERYWHERE,
+            "router_aux_loss_coef": 0.001,
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "num_local_experts": 128,

@@ -14,13 +14,14 @@ class TensorTemplate:
     `name` is relative to its block (or complete, outside the blocks). Each axis of `shape` is a sum of
     products of numbers and size names (`heads*head_dim`, `3*hidden`). `linear` marks a matrix product:
     what LoRA adapts and quantization compresses. `stacked` marks the matrices [experts, out, in] of routed experts, which
-    are one parameter. A tensor with `when` exists only where that config key is true.
+    are one parameter, `router` what chooses among them. A tensor with `when` exists only where that config key is true.
     """
 
     name: str
     shape: tuple[str, ...]
     linear: bool = False
     stacked: bool = False
+    router: bool = False
     when: str | None = None
 
 

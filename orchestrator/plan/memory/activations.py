@@ -11,7 +11,7 @@ compute dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from orchestrator.anatomy.selection import is_attention
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
@@ -27,28 +27,35 @@ FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn")
 """Modules that compute query, key and value in one product: a layout that has one of another name must add it here."""
 
 
+class Peak(NamedTuple):
+    """A peak of memory in a pass of a block, in bytes besides those kept; negative if part of them is freed."""
+
+    token_bytes: int
+    pair_bytes: int = 0
+    """Per token and position of its row."""
+    row_bytes: int = 0
+    """Per row."""
+    at_weight: bool = False
+    """Whether the gradient of a weight, which is not part of it, exists at the same time."""
+
+
 @dataclass(frozen=True)
 class BlockActivations:
-    """Activations of one block, in bytes per token."""
+    """Activations of one block, in bytes per token and, for those of pairs, per token and position of its row."""
 
     kept_bytes: int
     """Bytes kept from its forward to its backward pass."""
     by_document_bytes: int
     """Bytes to add to them if documents are computed one by one; negative if that needs less."""
     kept_pair_bytes: int
-    """Bytes kept per token and position of its row (attention masks and scores)."""
-    working_bytes: int
-    """Bytes besides those kept, at the peak of its backward pass."""
-    at_weight_bytes: int
-    """Bytes besides those kept while the gradient of its largest weight is computed; negative if part of what was kept is
-    freed by then."""
-    at_scores_bytes: int
-    """Bytes besides those kept while the gradients of attention scores are computed, to which `at_scores_pair_bytes` is added;
-    negative because what the MLP kept is freed by then."""
-    at_scores_pair_bytes: int
-    """The part of it per token and position of its row."""
-    forward_bytes: int
-    """Bytes at the peak of its forward pass if nothing is kept."""
+    """Bytes kept per pair (attention masks and scores)."""
+    peaks: tuple[Peak, ...]
+    """Its backward pass, besides those kept and the gradients of its input and output; which peak is the highest depends on the
+    shape of the rows."""
+    forward_peaks: tuple[Peak, ...]
+    """The same of its forward pass if nothing is kept, besides its input and output, counted twice."""
+    kept_row_bytes: int = 0
+    """Bytes kept per row (the states of recurrent blocks)."""
 
 
 def activations(anatomy: ModelAnatomy, selection: LayerSelection, element_bytes: int) -> list[BlockActivations]:
@@ -80,7 +87,13 @@ def _block(
     trained = (learning | adapted).intersection(names)
     kept_inputs = _kept_inputs(anatomy, block, trained)
     # Backward ends in the block at the cut: where only its MLP is trained, it does not get to the attention.
-    attends = block != selection.cut or not trained or kept_inputs.attention or kept_inputs.attention_output
+    attends = (
+        block != selection.cut
+        or selection.trains_embeddings
+        or not trained
+        or kept_inputs.attention
+        or kept_inputs.attention_output
+    )
     mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, kept_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)
@@ -88,16 +101,18 @@ def _block(
         + mlp
         + element_bytes * _by_adapters(anatomy, selection, [name for name in names if name in adapted], kept_inputs)
     )
-    forward = 4 * element_bytes * _mlp_width(anatomy, block)
+    pairs = _pairs(anatomy, element_bytes)
     return BlockActivations(
         kept_bytes=kept,
         by_document_bytes=_by_document(anatomy, element_bytes, kept_inputs) if attends else 0,
-        kept_pair_bytes=_pairs(anatomy, element_bytes),
-        working_bytes=working,
-        at_weight_bytes=at_weight,
-        at_scores_bytes=-mlp,
-        at_scores_pair_bytes=_score_gradients(anatomy, element_bytes),
-        forward_bytes=forward,
+        kept_pair_bytes=pairs,
+        peaks=(
+            Peak(working),
+            Peak(at_weight, at_weight=True),
+            # Attention scores are last: what the MLP kept is freed by then.
+            Peak(-mlp, _score_gradients(anatomy, element_bytes)),
+        ),
+        forward_peaks=(Peak(4 * element_bytes * _mlp_width(anatomy, block), pairs),),
     )
 
 
@@ -107,13 +122,24 @@ def _by_adapters(anatomy: ModelAnatomy, selection: LayerSelection, names: list[s
     With dropout each keeps a copy of its input and a mask, which torch's CPU kernel makes in the compute dtype (the CUDA
     kernel's takes a byte), in place of the inputs that several would share.
     """
-    kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
-    shapes = [anatomy.tensors[name].shape for name in names]
-    kept = sum(kind.kept_elements(shape, lora_rank) for shape in shapes)
+    kept = sum(kept_by_adapter(anatomy, selection, name) for name in names)
     if not selection.adapter.dropout:
         return kept
     shared = anatomy.hidden_size * (kept_inputs.attention + kept_inputs.mlp) + anatomy.intermediate_size * kept_inputs.mlp_output
-    return kept + 2 * sum(shape[1] for shape in shapes) - shared
+    return kept + 2 * sum(anatomy.matrix_shape(name)[-1] for name in names) - shared
+
+
+def kept_by_adapter(anatomy: ModelAnatomy, selection: LayerSelection, name: str) -> int:
+    """Return the numbers that the adapter of one weight keeps per token, besides the input of a linear layer.
+
+    Of routed experts, each of the k that a token is routed to keeps its row of the input and what it is reduced to
+    (`train.model.experts`), whose width is filled up to a multiple of 8.
+    """
+    shape, lora_rank = anatomy.matrix_shape(name), selection.lora_rank or 0
+    if name not in anatomy.routed:
+        return selection.adapter_kind.kept_elements(shape, lora_rank)
+    assert anatomy.experts is not None
+    return anatomy.experts.experts_per_token * (shape[-1] + lora_rank + -lora_rank % 8) if anatomy.experts.grouped else 0
 
 
 def _kept_inputs(anatomy: ModelAnatomy, block: int, keeping: frozenset[str]) -> _KeptInputs:
@@ -221,9 +247,17 @@ def _mlp_width(anatomy: ModelAnatomy, block: int) -> int:
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
 
 
+def attention_of(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> Literal["by_document", "sdpa", "eager"]:
+    """Return the implementation of attention with which the base is loaded."""
+    if anatomy.attention == "eager" or anatomy.ways.attention == "eager":
+        return "eager"
+    return "by_document" if attends_by_document(anatomy, device, one_document_per_row=one_document_per_row) else "sdpa"
+
+
 def attends_by_document(anatomy: ModelAnatomy, device: str, *, one_document_per_row: bool) -> bool:
     """Return whether attention runs document by document (`train.model.attention`) instead of on the whole row under a mask.
 
     This is so on CPUs, for decoders that a fused kernel supports. A row that holds one document needs no separation.
     """
-    return device == "cpu" and anatomy.kind == "decoder" and anatomy.attention == "fused" and not one_document_per_row
+    separable = anatomy.kind == "decoder" and anatomy.attention == "fused" and anatomy.ways.attention == "by_document"
+    return device == "cpu" and separable and anatomy.ways.packs and not one_document_per_row

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
-from orchestrator.plan.memory.activations import activations, attends_by_document
+from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
+from orchestrator.plan.memory.counted import counted_activations
+from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
+from orchestrator.work.artifact import new_shapes
 from orchestrator.work.remedies import AnchorPlan
 
 
@@ -31,37 +35,34 @@ class Footprint:
     """Temporary memory of the largest quantized matrix during its multiplication."""
     learning_blocks: int
     """Number of blocks from the cut up, through which the backward pass runs."""
-    kept_token_bytes: int
-    """Activations that all of them keep for the backward pass, per token."""
-    by_document_token_bytes: int
-    """Bytes to add to that if documents are computed one by one; negative if that needs less."""
     by_document_on_cpu: bool
     """True if attention runs document by document on a CPU."""
-    whole_token_bytes: int
-    """Activations that the largest of them keeps, per token."""
-    pair_bytes: int
-    """Bytes that one of them keeps per token and position of its row."""
-    working_token_bytes: int
-    """Bytes per token, at most, that the backward pass of one block needs besides the activations."""
-    at_weight_token_bytes: int
-    """The same while the gradient of the block's largest weight is computed; negative if kept activations are freed by then."""
-    at_scores_token_bytes: int
-    """The same while the gradients of attention scores are computed; `at_scores_pair_bytes` is added."""
-    at_scores_pair_bytes: int
-    """The part of it per token and position of its row; 0 if attention is fused."""
-    forward_token_bytes: int
-    """Bytes per token, at most, of the forward pass of one block if nothing is kept."""
+    kept_token_bytes: int
+    """Activations that all of them keep for the backward pass, per token."""
+    kept_pair_bytes: int
+    """The same per token and position of its row."""
+    kept_row_bytes: int
+    """The same per row."""
+    by_document_token_bytes: int
+    """Bytes to add per token if documents are computed one by one; negative if that needs less."""
+    backward_blocks: tuple[BlockActivations, ...]
+    """Activations of each block among them that differs from the others."""
+    forward_peaks: tuple[Peak, ...]
+    """Peaks of the forward pass of one block if nothing is kept."""
     head_learns: bool
     head_adapted: bool
-    """True if the output projection has an adapter."""
+    """True if the output projection has an adapter, or rows of its own for new tokens."""
     hidden_size: int
     logit_width: int
     """Size of the vocabulary, or number of classes."""
     one_target_per_row: bool
     """Whether a row has one prediction, off its last position, instead of one for each supervised token."""
+    own_logits: bool
+    """True if the class computes logits at every position of a row (`Ways.projects` is False)."""
     element_bytes: int
     anchor_copies: int = 0
     """float32 values that an anchor holds per trainable element: its initial value, and for EWC its importance."""
+    experts: ExpertFootprint = NO_EXPERTS
     converted_bytes: int = 0
     """Part of the base, in the compute dtype, that its files store in another dtype: it cannot be memory-mapped and is copied
     while loading."""
@@ -77,7 +78,7 @@ def make_footprint(
     for the next trial, so that nothing has to be copied to restore them. A tied head is stored once.
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
-    quantized = {name: quantized_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in matrices}
+    quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
     head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
@@ -89,13 +90,12 @@ def make_footprint(
     waiting = [name for name in selection.trainable if name in quantized]
     still = (*selection.frozen, *selection.adapted, *waiting)
     opened = matrices.difference(waiting)
-    learning = set(selection.trainable)
+    learning, learns = set(selection.trainable), bool(selection.trainable or selection.adapted)
     blocks = [
         sum(anatomy.tensors[name].num_elements * element_bytes if name in learning else loaded[name] for name in block)
         for block in anatomy.blocks
     ]
-    learns = bool(selection.trainable or selection.adapted)
-    every = activations(anatomy, selection, element_bytes)
+    every = (counted_activations if anatomy.block_costs else activations)(anatomy, selection, element_bytes)
     above = every[selection.cut :] if learns else []
     return Footprint(
         frozen_bytes=sum(loaded.get(name, 0) for name in still),
@@ -106,25 +106,24 @@ def make_footprint(
         head_bytes=head_bytes,
         quantized=quantize != "none",
         scratch_bytes=max(
-            (dequantize_scratch_bytes(anatomy.tensors[name].shape, quantize, element_bytes) for name in opened), default=0
+            (dequantize_scratch_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in opened), default=0
         ),
         learning_blocks=anatomy.num_blocks - selection.cut if learns else 0,
-        kept_token_bytes=sum(block.kept_bytes for block in above),
-        by_document_token_bytes=sum(block.by_document_bytes for block in above),
         by_document_on_cpu=attends_by_document(anatomy, "cpu", one_document_per_row=num_classes > 0),
-        whole_token_bytes=max((block.kept_bytes for block in above), default=0),
-        pair_bytes=max((block.kept_pair_bytes for block in every), default=0),
-        working_token_bytes=max((block.working_bytes for block in above), default=0),
-        at_weight_token_bytes=max((block.at_weight_bytes for block in above), default=0),
-        at_scores_token_bytes=max((block.at_scores_bytes for block in above), default=0),
-        at_scores_pair_bytes=max((block.at_scores_pair_bytes for block in above), default=0),
-        forward_token_bytes=max(block.forward_bytes for block in every),
+        kept_token_bytes=sum(block.kept_bytes for block in above),
+        kept_pair_bytes=sum(block.kept_pair_bytes for block in above),
+        kept_row_bytes=sum(block.kept_row_bytes for block in above),
+        by_document_token_bytes=sum(block.by_document_bytes for block in above),
+        backward_blocks=tuple(dict.fromkeys(above)),
+        forward_peaks=tuple(dict.fromkeys(peak for block in every for peak in block.forward_peaks)),
         head_learns=_head_learns(anatomy, selection),
-        head_adapted=anatomy.head_weight in selection.adapted,
+        head_adapted=anatomy.head_weight in selection.adapted or any(name.endswith(NEW_ROWS) for name in selection.trainable),
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         one_target_per_row=num_classes > 0,
+        own_logits=not anatomy.ways.projects and num_classes == 0,
         element_bytes=element_bytes,
+        experts=expert_footprint(anatomy, selection, element_bytes),
         converted_bytes=_converted_bytes(anatomy, element_bytes),
     )
 
@@ -154,11 +153,12 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
     }
     shapes |= {anatomy.classifier_weight: (num_classes, anatomy.hidden_size), anatomy.classifier_bias: (num_classes,)}
     shapes.setdefault(anatomy.head_weight, head)
+    shapes |= new_shapes(anatomy, num_classes)
     trainable, adapted, lora_rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0
     counts: list[int] = []
     for name, shape in shapes.items():
         if name in trainable:
             counts.append(prod(shape))
         elif name in adapted:
-            counts += [prod(each) for each in selection.adapter_kind.shapes(shape, lora_rank).values()]
+            counts += [prod(each) for each in selection.adapter_kind.shapes(anatomy.matrix_shape(name), lora_rank).values()]
     return tuple(counts)

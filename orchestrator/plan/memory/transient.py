@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from orchestrator.plan.estimates import MemoryTerm
+from orchestrator.plan.memory.activations import BlockActivations, Peak
 from orchestrator.plan.memory.candidate import Candidate
+from orchestrator.plan.memory.experts import expert_terms
 from orchestrator.plan.memory.footprint import Footprint
 from orchestrator.plan.memory.shards import Shards
 from orchestrator.units import MIB
@@ -63,30 +65,44 @@ def _kept_terms(footprint: Footprint, candidate: Candidate) -> list[MemoryTerm]:
         num_bytes, mask = tokens * blocks * footprint.hidden_size * e, pairs
         reason = f"inputs of {blocks} blocks, {shape}"
     else:
-        num_bytes, mask = tokens * _kept_token_bytes(footprint, candidate), pairs * footprint.pair_bytes * blocks
+        num_bytes = tokens * _kept_token_bytes(footprint, candidate) + candidate.micro_batch_rows * footprint.kept_row_bytes
+        mask = pairs * footprint.kept_pair_bytes
         reason = f"{blocks} blocks from the cut up, {shape}"
     where = "once" if candidate.checkpointing else f"in {blocks} blocks"
     terms = [MemoryTerm(name="activations", num_bytes=num_bytes, reason=reason)]
     if mask:
         reason = f"{candidate.micro_batch_rows} x {candidate.row_tokens}² pairs, {where}"
         terms.append(MemoryTerm(name="attention mask", num_bytes=mask, reason=reason))
-    return terms
+    return terms + expert_terms(footprint.experts, tokens, checkpointing=candidate.checkpointing)
 
 
 def _backward_terms(footprint: Footprint, candidate: Candidate, shards: Shards) -> list[MemoryTerm]:
     """Return the memory of one block's backward pass: with checkpointing everything that it keeps, and its mask; the gradients
     of its activations, and of its input and output, e·2h. The gradients of activations peak inside the MLP; those of its
     weights are computed and sent before or after that, and those of attention scores, without a fused kernel, last."""
-    tokens, e = candidate.micro_batch_tokens, footprint.element_bytes
-    wide = tokens * footprint.working_token_bytes
-    weights = shards.in_flight_bytes + tokens * footprint.at_weight_token_bytes
-    scores = tokens * (footprint.at_scores_token_bytes + footprint.at_scores_pair_bytes * candidate.row_tokens)
-    working = max(wide, weights, scores) + tokens * 2 * e * footprint.hidden_size
+    tokens = candidate.micro_batch_tokens
+    pairs = 0 if _attends_by_document(footprint, candidate) else candidate.row_tokens
+    ends = tokens * 2 * footprint.element_bytes * footprint.hidden_size
+
+    def sizes(block: BlockActivations) -> tuple[int, int]:
+        """Return (recomputed, at the peak besides that)."""
+        own = Peak(block.kept_bytes, block.kept_pair_bytes, block.kept_row_bytes)
+        kept = _peak_bytes(own, candidate, pairs) if candidate.checkpointing else 0
+        peaks = (_peak_bytes(peak, candidate, pairs) + (shards.in_flight_bytes if peak.at_weight else 0) for peak in block.peaks)
+        return kept, max(peaks) + ends
+
+    recomputed, working = max((sizes(block) for block in footprint.backward_blocks), key=sum)
     terms = [MemoryTerm(name="one block back", num_bytes=working, reason="gradients of its activations, and of weights")]
     if candidate.checkpointing:
-        whole = tokens * (footprint.whole_token_bytes + _pair_bytes(footprint, candidate) * candidate.row_tokens)
-        terms.append(MemoryTerm(name="one block recomputed", num_bytes=whole, reason="its activations, recomputed"))
+        terms.append(MemoryTerm(name="one block recomputed", num_bytes=recomputed, reason="its activations, recomputed"))
     return terms
+
+
+def _peak_bytes(peak: Peak, candidate: Candidate, pairs: int) -> int:
+    """Return a peak for a micro-batch whose tokens each have so many pairs."""
+    return candidate.micro_batch_rows * peak.row_bytes + candidate.micro_batch_tokens * (
+        peak.token_bytes + peak.pair_bytes * pairs
+    )
 
 
 def _last_hidden_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
@@ -102,12 +118,9 @@ def _last_hidden_term(footprint: Footprint, candidate: Candidate, *, learning: b
 def _forward_term(footprint: Footprint, candidate: Candidate) -> MemoryTerm:
     """Return one block's forward pass if nothing is kept: its mask as booleans and as numbers, and its input and output."""
     tokens, e = candidate.micro_batch_tokens, footprint.element_bytes
-    pairs = 0 if _attends_by_document(footprint, candidate) else 1
-    num_bytes = tokens * (
-        footprint.forward_token_bytes
-        + 4 * e * footprint.hidden_size
-        + (pairs + _pair_bytes(footprint, candidate)) * candidate.row_tokens
-    )
+    pairs = 0 if _attends_by_document(footprint, candidate) else candidate.row_tokens
+    peak = max(_peak_bytes(peak, candidate, pairs) for peak in footprint.forward_peaks)
+    num_bytes = peak + tokens * (pairs + 4 * e * footprint.hidden_size)
     return MemoryTerm(name="one block", num_bytes=num_bytes, reason="forward pass, nothing kept")
 
 
@@ -121,6 +134,8 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
     A head with an adapter or a partitioned head, and a classifier, use torch's own cross entropy instead: 12 per entry, for
     the log-softmax, its gradient and the logits' gradient in float32.
     """
+    if footprint.own_logits:
+        return _own_logit_term(footprint, candidate, learning=learning)
     positions = candidate.micro_batch_rows if footprint.one_target_per_row else candidate.micro_batch_tokens
     chunk = max(1, min(positions, LOGIT_CHUNK_BYTES // (4 * footprint.logit_width)))
     piece = max(1, min(chunk, LOGIT_PIECE_BYTES // (4 * footprint.logit_width)))
@@ -142,6 +157,17 @@ def _logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -
     return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
 
 
+def _own_logit_term(footprint: Footprint, candidate: Candidate, *, learning: bool) -> MemoryTerm:
+    """Return the logits that a class computes itself, at every position at once: what its head returns and what it makes of that,
+    2e per entry; and of the supervised ones, at most all, a copy and its gradient, 2e, and in float32 the values, their
+    log-softmax and its gradient, 12. A trainable head has its gradient besides, e·V·h. Scoring works in pieces."""
+    entries, e = candidate.micro_batch_tokens * footprint.logit_width, footprint.element_bytes
+    gradient = footprint.head_bytes if footprint.head_learns else 0
+    num_bytes = entries * (4 * e + 12) + gradient if learning else 3 * e * entries + LOGIT_PIECE_BYTES * 2
+    reason = f"all {candidate.micro_batch_tokens} positions x {footprint.logit_width} entries, by the class itself"
+    return MemoryTerm(name="logits", num_bytes=num_bytes, reason=reason)
+
+
 def _head_is_plain(footprint: Footprint, candidate: Candidate) -> bool:
     """Return what `train.model.loss.is_plain` would: the head is one whole matrix that computes its gradient together with the
     loss."""
@@ -156,8 +182,3 @@ def _attends_by_document(footprint: Footprint, candidate: Candidate) -> bool:
 def _kept_token_bytes(footprint: Footprint, candidate: Candidate) -> int:
     """Return the bytes per token of all trainable blocks."""
     return footprint.kept_token_bytes + (footprint.by_document_token_bytes if _attends_by_document(footprint, candidate) else 0)
-
-
-def _pair_bytes(footprint: Footprint, candidate: Candidate) -> int:
-    """Return the bytes of one block per token and position of its row; documents that are computed one by one have no mask."""
-    return 0 if _attends_by_document(footprint, candidate) else footprint.pair_bytes

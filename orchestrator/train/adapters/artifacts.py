@@ -15,16 +15,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
+from peft.utils.transformers_weight_conversion import (
+    _MOE_TARGET_MODULE_MAPPING,  # pyright: ignore[reportPrivateUsage]
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateUsage]
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
 from orchestrator.store import check_artifact
 from orchestrator.store.folders import MANIFEST
 from orchestrator.train.adapters.branch import Branch, full_shape, open_branch
+from orchestrator.train.adapters.naming import LIVE_NAMES, adapted_name
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.work.artifact import (
     ADAPTER,
@@ -32,7 +38,9 @@ from orchestrator.work.artifact import (
     DELTA,
     DELTA_FILE,
     PEFT_PREFIX,
+    PEFT_ROWS,
     Artifact,
+    peft_modules,
     read_artifact,
 )
 
@@ -57,7 +65,8 @@ class ReadyArtifact:
             target = folder / ADAPTER
             target.mkdir(parents=True)
             self.about.save_pretrained(str(target))
-            named = {PEFT_PREFIX + name: tensor for name, tensor in self.tensors.items()}
+            modules = peft_modules(self.about.target_parameters or ())
+            named = {PEFT_PREFIX + _peft_name(name, modules): tensor for name, tensor in self.tensors.items()}
             save_file(named, target / ADAPTER_FILE, self.metadata)
             return target
         target = folder / DELTA
@@ -87,6 +96,7 @@ def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> Ready
             "policy": selection.policy,
             "base_config_sha256": branch.base.anatomy.config_sha256,
             "trainable": sorted(whole),
+            "new_rows": list(branch.base.anatomy.new_rows) if any(name.endswith(NEW_ROWS) for name in whole) else [],
             "unties_head": selection.unties_head,
             "new_classifier": selection.new_classifier,
             "task": branch.base.load.task,
@@ -139,9 +149,11 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _peft_config(branch: Branch) -> LoraConfig:
-    selection = branch.selection
-    modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    selection, anatomy = branch.selection, branch.base.anatomy
+    rows = {name.removesuffix(f".{NEW_ROWS}") for name in selection.trainable if name.endswith(f".{NEW_ROWS}")}
+    modules = sorted({name.rpartition(".")[0] for name in selection.trainable} - rows)
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
+    parameters = _target_parameters(branch)
     return LoraConfig(
         task_type=TaskType[branch.base.load.traits.head.peft_task],
         base_model_name_or_path=branch.base.load.folder,
@@ -149,12 +161,39 @@ def _peft_config(branch: Branch) -> LoraConfig:
         inference_mode=True,
         r=selection.lora_rank or 0,
         lora_alpha=branch.lora_alpha,
-        lora_dropout=selection.adapter.dropout,
+        # PEFT knows no dropout in adapters of parameters. It only matters for training further.
+        lora_dropout=0.0 if parameters else selection.adapter.dropout,
         bias="none",
         **options,
-        target_modules=sorted(name.rpartition(".")[0] for name in selection.adapted),
+        target_modules=sorted(adapted_name(name) for name in selection.adapted if name not in parameters),
+        target_parameters=parameters or None,
+        # PEFT's word for linear layers that lie [in, out]; it sets the option back for each layer of the other kind.
+        fan_in_fan_out=not (set(selection.adapted) - anatomy.routed).isdisjoint(anatomy.transposed),
         modules_to_save=modules or None,
+        trainable_token_indices={name: list(branch.base.anatomy.new_rows) for name in sorted(rows)} or None,
     )
+
+
+def _target_parameters(branch: Branch) -> list[str]:
+    """Return the adapted weights that PEFT is told as parameters: routed experts, in the order of their modules; and linear
+    layers beside them that it would take for experts, where their names are those of experts of older versions."""
+    selection, anatomy = branch.selection, branch.base.anatomy
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(anatomy.model_type, anatomy.model_type)
+    mistaken = _MOE_TARGET_MODULE_MAPPING.get(pattern, {}) if selection.adapter_kind.adapts_experts else {}
+    routed = [name for block in anatomy.stacked for name in block if name in selection.adapted]
+    beside = [name for name in selection.adapted if name not in anatomy.routed]
+    return routed + [name for name in beside if adapted_name(name).rpartition(".")[2] in mistaken]
+
+
+def _peft_name(name: str, modules: Mapping[str, str]) -> str:
+    """Return the name under which PEFT saves a trained tensor: `experts.down_proj.lora_A.weight` -> `experts.lora_A.weight`,
+    `embed_tokens.new_rows` -> `embed_tokens.token_adapter.trainable_tokens_delta`."""
+    if name.endswith(f".{NEW_ROWS}"):
+        return name.removesuffix(f".{NEW_ROWS}") + PEFT_ROWS
+    for suffix in LIVE_NAMES:
+        if name.endswith(suffix) and (module := modules.get(name.removesuffix(suffix))) is not None:
+            return module + suffix
+    return name
 
 
 def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -239,6 +278,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
         cut=min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=any(name.startswith(anatomy.embeddings[0].removesuffix("weight")) for name in artifact.whole),
         unties_head=anatomy.tied and anatomy.head_weight in learns,
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),
@@ -257,6 +297,5 @@ def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     """Return the tensors by their names in `Branch.learning_parameters`; `TensorInfo.name` is the key in the file."""
     tensors = dict(artifact.whole)
     for weight, adapter in artifact.adapters.items():
-        module = weight.rpartition(".")[0]
-        tensors |= {module + suffix: info for suffix, info in adapter.tensors.items()}
+        tensors |= {adapted_name(weight) + suffix: info for suffix, info in adapter.tensors.items()}
     return tensors

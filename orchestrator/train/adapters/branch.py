@@ -10,10 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
-from orchestrator.train.adapters.layers import AdaptedLinear, AdapterSpec, adapt, own_parameters, stable_name
+from orchestrator.train.adapters.layers import ADAPTED_MODULES, adapt
+from orchestrator.train.adapters.naming import AdapterSpec, adapted_name, own_parameters, stable_name
+from orchestrator.train.adapters.new_rows import install_new_rows
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.model.heads import head_of
 
@@ -143,9 +147,10 @@ def open_branch(
     try:
         check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
+        rows = install_new_rows(base, selection, undo)
         new = _new_parameters(base, selection, seed, undo)
         keeper = keeper or PlainKeeper()
-        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper, undo)
+        _unfreeze(base, [name for name in selection.trainable if name not in new | rows], keeper, undo)
         if selection.adapted:
             adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo, keeper.whole)
         for name in selection.trainable:
@@ -179,7 +184,7 @@ def head_name(base: LoadedBase) -> str:
 def parameter_named(model: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter with this checkpoint name, also inside a LoRA layer."""
     module = model.get_submodule(_module_of(name))
-    if isinstance(module, AdaptedLinear):
+    if isinstance(module, ADAPTED_MODULES):
         module = module.base_layer
     return module.get_parameter(name.rpartition(".")[2])
 
@@ -191,6 +196,7 @@ def _module_of(parameter_name: str) -> str:
 def check_names(base: LoadedBase, selection: LayerSelection) -> None:
     """Raise SelectionError if a name does not exist in the model, or the selection omits one."""
     known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
+    known |= {name for name in selection.trainable if name.endswith(f".{NEW_ROWS}")}
     for name in (*selection.trainable, *selection.adapted):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
@@ -198,7 +204,7 @@ def check_names(base: LoadedBase, selection: LayerSelection) -> None:
                 f"the base has no parameter {name}", where=base.load.folder, expected=f"for example {', '.join(near)}"
             )
     for name in selection.adapted:
-        if not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear):
+        if name not in base.anatomy.routed and not isinstance(base.model.get_submodule(_module_of(name)), nn.Linear | Conv1D):
             raise SelectionError(f"{name} is not a matrix product: LoRA cannot adapt it", where=base.load.folder)
     planned = {*selection.trainable, *selection.adapted, *selection.frozen}
     forgotten = {name for name, _ in base.model.named_parameters() if name in base.anatomy.tensors} - planned
@@ -248,10 +254,16 @@ def _stand_in(base: LoadedBase, name: str, value: torch.Tensor, undo: ExitStack)
 
 
 def _stand_in_linear(model: nn.Module, name: str, weight: torch.Tensor, undo: ExitStack) -> None:
-    """Replace a quantized linear layer by a plain one with this weight [out, in]; the bias is shared."""
+    """Replace a quantized linear layer by a plain one with this weight [out, in], or [in, out] where the class multiplies from
+    the right; the bias is shared."""
     parent, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     quantized = getattr(parent, attribute)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain: Any
+    if issubclass(getattr(quantized, "source_cls", nn.Linear), Conv1D):
+        with torch.device("meta"):
+            plain = Conv1D(weight.shape[1], weight.shape[0])
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = quantized.bias
     plain.train(quantized.training)
@@ -276,7 +288,7 @@ def check_learning(selection: LayerSelection, learning: Sequence[tuple[str, nn.P
     """Check law 1 in both directions: every planned parameter is trainable, and no other one is."""
     planned = set(selection.trainable)
     for name in selection.adapted:
-        planned |= {_module_of(name) + suffix for suffix in selection.adapter_kind.suffixes}
+        planned |= {adapted_name(name) + suffix for suffix in selection.adapter_kind.suffixes}
     actual = {name for name, _ in learning}
     if planned != actual:
         name = sorted(planned ^ actual)[0]
@@ -344,10 +356,13 @@ def open_group(base: LoadedBase, specs: Sequence[AdapterSpec]) -> BranchGroup:
         raise TrainingError("the base already has an open branch", remedy="close it before opening another")
     for spec in specs:
         check_names(base, spec.selection)
-        beside = spec.selection.trainable or base.anatomy.head_weight in spec.selection.adapted
+        beside = spec.selection.trainable or not {base.anatomy.head_weight, *base.anatomy.routed}.isdisjoint(
+            spec.selection.adapted
+        )
         if beside or spec.selection.adapter.dropout or spec.selection.cut != specs[0].selection.cut:
             raise SelectionError(
-                f"{spec.selection.policy} cannot share a batch", expected="only LoRA in blocks, with the same cut"
+                f"{spec.selection.policy} cannot share a batch",
+                expected="only LoRA on linear layers in blocks, with the same cut",
             )
     undo = ExitStack()
     try:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.spec.adapters import LORA_A, LORA_B, LORA_MAGNITUDE, AdapterName, Shape
+from orchestrator.spec.adapters import ADAPTER_KINDS, LORA_A, LORA_B, LORA_MAGNITUDE, AdapterName, Shape
 
 Tensors = Mapping[str, torch.Tensor]
 MergeRows = Callable[[torch.Tensor, slice], torch.Tensor]
 """A function of rows of W in float32 and of their slice in W; returns the same rows with the adapter merged, in float32."""
+LORA = ADAPTER_KINDS["lora"]
 PIECE_ELEMENTS = 2**20
 """Elements of a weight that are converted to float32 at a time while its rows' norms are computed."""
 
@@ -49,13 +50,13 @@ class LiveLora:
         A is uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5, as Hu et al. 2021 and PEFT do); B is zero.
 
         Args:
-            shape: Shape of W.
+            shape: Shape of W, [out, in] or [experts, out, in].
             generator: Returns the random generator of a tensor, by its suffix.
             weight: Returns W in the compute dtype; called only if the kind reads the weight.
         """
-        bound = shape[1] ** -0.5
-        a = torch.empty(lora_rank, shape[1]).uniform_(-bound, bound, generator=generator(LORA_A))
-        return {LORA_A: a, LORA_B: torch.zeros(shape[0], lora_rank)}
+        bound, shapes = shape[-1] ** -0.5, LORA.shapes(shape, lora_rank)
+        a = torch.empty(shapes[LORA_A]).uniform_(-bound, bound, generator=generator(LORA_A))
+        return {LORA_A: a, LORA_B: torch.zeros(shapes[LORA_B])}
 
     def row_norms(self, weight: torch.Tensor, tensors: Tensors, scale: float) -> torch.Tensor:
         """Return the numbers derived from W that the forward pass needs [T, out]; called while W is unpartitioned."""

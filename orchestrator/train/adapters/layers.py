@@ -7,41 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from orchestrator.anatomy.values import LayerSelection
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
+from orchestrator.train.adapters.experts import AdaptedExperts
 from orchestrator.train.adapters.kinds import LIVE_KINDS, LayerPass
+from orchestrator.train.adapters.naming import AdapterSpec, live_name
 from orchestrator.train.model.base import LoadedBase, dequantized, generator_for
-
-BASE_LAYER = "base_layer"
-"""Attribute of an AdaptedLinear with the layer that it wraps; stable names of frozen parameters omit it."""
-LIVE_NAMES = {
-    suffix: suffix.removeprefix(".").removesuffix(".weight") for kind in ADAPTER_KINDS.values() for suffix in kind.suffixes
-}
-"""Attribute name by suffix, `.lora_A.weight` -> `lora_A`: the parameter of trial 0 is `lora_A_0`."""
-
 
 MakeWhole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
 
 
 def _as_they_are(_: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """The adapters of one trial."""
-
-    selection: LayerSelection
-    lora_alpha: int
-    seed: int
 
 
 class AdaptedLinear(nn.Module):
@@ -73,8 +57,8 @@ class AdaptedLinear(nn.Module):
 
     def _add(self, trial: int, kind: StackedKind, base: LoadedBase, generator: Callable[[str], torch.Generator]) -> None:
         layer = self.base_layer
-        shape = (layer.out_features, layer.in_features)
-        values = LIVE_KINDS[kind.name].initial(shape, kind.lora_rank, generator, lambda: dequantized(layer.weight))
+        shape = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+        values = LIVE_KINDS[kind.name].initial(shape, kind.lora_rank, generator, lambda: _matrix_of(layer))
         for suffix, value in values.items():
             parameter = nn.Parameter(value.to(device=base.device, dtype=base.dtype))
             self.register_parameter(live_name(suffix, trial), parameter)
@@ -125,8 +109,14 @@ class AdaptedLinear(nn.Module):
         """Compute what the kinds that read the weight need, while it is unpartitioned."""
         for number, stack in enumerate(self._stacks):
             if stack.kind is not None and LIVE_KINDS[stack.kind.name].reads_weight and self._row_norms[number] is None:
-                weight = dequantized(layer.weight)
+                weight = _matrix_of(layer)
                 self._row_norms[number] = LIVE_KINDS[stack.kind.name].row_norms(weight, self._tensors(stack), stack.kind.scale)
+
+
+def _matrix_of(layer: Any) -> torch.Tensor:
+    """Return the weight [out, in] that a layer multiplies with."""
+    weight = dequantized(layer.weight)
+    return weight.mT if isinstance(layer, Conv1D) else weight
 
 
 class StackedKind(NamedTuple):
@@ -146,9 +136,8 @@ class Stack(NamedTuple):
 
 
 def _stacked_kind(spec: AdapterSpec) -> StackedKind:
-    selection, lora_rank = spec.selection, spec.selection.lora_rank or 0
-    scale = selection.adapter_kind.scale(spec.lora_alpha, lora_rank)
-    return StackedKind(selection.adapter.kind, lora_rank, scale, selection.adapter.dropout)
+    adapter = spec.selection.adapter
+    return StackedKind(adapter.kind, spec.selection.lora_rank or 0, spec.scale, adapter.dropout)
 
 
 def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
@@ -157,37 +146,25 @@ def _neighbours(kinds: Sequence[StackedKind | None]) -> list[Stack]:
     return [Stack(slice(first, last), kinds[first]) for first, last in pairwise([*borders, len(kinds)])]
 
 
+ADAPTED_MODULES = (AdaptedLinear, AdaptedExperts)
+
+
 def adapt(base: LoadedBase, specs: Sequence[AdapterSpec], undo: ExitStack, whole: MakeWhole = _as_they_are) -> None:
     """Attach adapters to every weight that one of the trials adapts; `undo` removes them again, except their hooks.
 
     Args:
         whole: Returns a context in which parameters of the base are unpartitioned; see `WeightKeeper.whole`.
     """
-    names = dict.fromkeys(name.rpartition(".")[0] for spec in specs for name in spec.selection.adapted)
-    for name in names:
+    modules: dict[str, list[str]] = {}
+    for weight in dict.fromkeys(weight for spec in specs for weight in spec.selection.adapted):
+        modules.setdefault(weight.rpartition(".")[0], []).append(weight)
+    for name, weights in modules.items():
         parent, attribute = base.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         layer = getattr(parent, attribute)
-        adapted = AdaptedLinear(layer, name, specs, base, whole)
+        if base.anatomy.routed.isdisjoint(weights):
+            adapted = AdaptedLinear(layer, name, specs, base, whole)
+        else:
+            adapted = AdaptedExperts(layer, weights, specs[0], base)
         adapted.train(layer.training)
         undo.callback(setattr, parent, attribute, layer)
         setattr(parent, attribute, adapted)
-
-
-def live_name(suffix: str, trial: int) -> str:
-    """Return a parameter's name within its AdaptedLinear: `.lora_A.weight` -> `lora_A_0`."""
-    return f"{LIVE_NAMES[suffix]}_{trial}"
-
-
-def own_parameters(model: nn.Module, trial: int) -> list[tuple[str, nn.Parameter]]:
-    """Return one trial's adapters by their stable names, in the model's order."""
-    own = tuple(f".{live_name(suffix, trial)}" for suffix in LIVE_NAMES)
-    return [(stable_name(name, trial), parameter) for name, parameter in model.named_parameters() if name.endswith(own)]
-
-
-def stable_name(name: str, trial: int = 0) -> str:
-    """Return a parameter's name as PEFT saves it, without wrapper names: `q_proj.lora_A_0` -> `q_proj.lora_A.weight`."""
-    name = name.replace(f".{BASE_LAYER}.", ".")
-    for suffix in LIVE_NAMES:
-        live = f".{live_name(suffix, trial)}"
-        name = name.removesuffix(live) + suffix if name.endswith(live) else name
-    return name

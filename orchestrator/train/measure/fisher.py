@@ -33,7 +33,7 @@ def fisher_information(engine: Engine, data: TokenizedSet, rows: RowPlan, ranks:
         seed: Seed of the choice of documents.
     """
     chosen = generator(seed, FISHER).permutation(len(data))[:FISHER_DOCUMENTS]
-    alone = RowPlan(rows.row_tokens, 1, pack=False)
+    alone = RowPlan(rows.row_tokens, 1, pack=False, pads=rows.pads)
     was_training = engine.objective.training
     engine.objective.eval()  # dropout would add its own noise
     # Blocks that recompute look at their own mode, which `eval` has just set.

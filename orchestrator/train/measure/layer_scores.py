@@ -172,7 +172,7 @@ def probe_batches(
 ) -> Iterator[MicroBatch]:
     """Return the first micro-batches in the order of the seed, with no document in two of them; fewer if the set is small."""
     rows = min(plan.rows, execution.micro_batch_rows)
-    layout = RowPlan(execution.row_tokens, rows, execution.pack and not one_document_per_row)
+    layout = RowPlan(execution.row_tokens, rows, execution.pack and not one_document_per_row, pads=execution.pads)
     for documents in documents_of_steps(data.offsets, rows * layout.row_tokens, seed, epoch=0)[: plan.num_batches]:
         yield layout.batches(data, documents if layout.pack else documents[:rows])[0]
 

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
+    FineGrainedFP8Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.errors import BaseError
-from orchestrator.plan.memory.activations import attends_by_document
-from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.plan.memory.activations import attention_of
+from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.heads import head_of
+from orchestrator.train.model.int8 import RowScales, use_weights_only
 from orchestrator.train.model.pooling import remove_unread
+from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 _num_loads = 0
 PACKING = "support_avx512bf16_for_cpu"
 """bitsandbytes' switch on a `Linear4bit`: repack the weight in place at the first eval-mode forward."""
+
+DECODING: dict[str, Callable[[], object]] = {
+    "fp8": partial(FineGrainedFP8Config, dequantize=True),
+    "mxfp4": partial(Mxfp4Config, dequantize=True),
+}
+"""Kind of `Encoding` -> the option with which transformers decodes such a base when loading it."""
 
 
 def num_loads() -> int:
@@ -66,23 +75,15 @@ class LoadedBase:
         Raises:
             BaseError: A name that the checkpoint does not have, or a file that cannot be read.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
+        wanted = list(names)
+        for name in wanted:
             if name not in self.anatomy.tensors:
                 raise BaseError(f"the checkpoint has no tensor {name}", where=self.load.folder)
-            by_file.setdefault(self.anatomy.tensors[name].file, []).append(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            path = Path(self.load.folder) / file
-            try:
-                with safe_open(path, framework="pt", device="cpu") as reader:
-                    for name in wanted:
-                        tensors[name] = reader.get_tensor(self.anatomy.tensors[name].stored_name or name).to(
-                            device=self.device, dtype=self.dtype
-                        )
-            except (OSError, SafetensorError) as error:
-                raise BaseError(f"the weights cannot be read: {error}", where=str(path)) from error
-        return tensors
+        return read_parameters(
+            self.load.folder,
+            (self.anatomy.tensors[name] for name in wanted),
+            lambda tensor: tensor.to(device=self.device, dtype=self.dtype),
+        )
 
 
 def load_base(
@@ -106,10 +107,8 @@ def load_base(
     global _num_loads
     if not anatomy.has_weights:
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
-    if load.quantize == "int8":
-        raise BaseError("quantize: int8 is not supported yet", where=load.folder, remedy="use none or nf4")
-    by_document = attends_by_document(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
-    model = _from_folder(load, anatomy, dtype, load_on or device, attention=BY_DOCUMENT if by_document else "sdpa")
+    attention = attention_of(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)
+    model = _from_folder(load, anatomy, dtype, load_on or device, attention=attention)
     # `from_pretrained` returns eval mode, in which bitsandbytes repacks 4-bit weights at the first forward pass on a CPU.
     model.train()
     model.config.use_cache = False
@@ -143,6 +142,10 @@ def _from_folder(
         "dtype": dtype,
         "device_map": {"": str(device)},
     }
+    if anatomy.experts is not None:
+        options["experts_implementation"] = ADAPTED
+    if anatomy.encoding:
+        options["quantization_config"] = DECODING[anatomy.encoding]()
     if load.quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -153,16 +156,20 @@ def _from_folder(
             bnb_4bit_quant_storage=dtype,
             llm_int8_skip_modules=_not_quantized(anatomy),
         )
+    elif load.quantize == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_not_quantized(anatomy))
     try:
         with torch.random.fork_rng(devices=rng_devices(device)), _no_progress_bars():
             # transformers draws missing parameters at random; seeding inside the fork changes no other random numbers.
             torch.manual_seed(0)
-            model = head_of(load.task).load_model(load, options)
+            model = head_of(load.task).load_model(load, options, anatomy.architecture)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         # A RuntimeError too, but not the fault of the folder.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
+    use_weights_only(model, dtype)
+    _round_decoded(model, anatomy)
     if load.traits.head.is_new:
         new = new_parameter_names(model, anatomy)
         if not load.pooling.by_class:
@@ -170,6 +177,14 @@ def _from_folder(
             new = new_parameter_names(model, anatomy)
         reset_new_parameters(model, new, seed=0)
     return model
+
+
+def _round_decoded(model: PreTrainedModel, anatomy: ModelAnatomy) -> None:
+    """Round weights that were decoded to float32 as the bundle stores them, so that both compute the same."""
+    for name, info in anatomy.tensors.items():
+        if any(part.encoding is not None for part in info.stored_parts):
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
 @contextmanager
@@ -185,8 +200,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Return the modules that keep 16 bits: everything outside the blocks that has a weight."""
-    outside = [tensor.name for tensor in anatomy.new_tensors] + [
+    """Return the modules that keep 16 bits: everything outside the blocks that has a weight, and routers."""
+    outside = [name for block in anatomy.routers for name in block]
+    outside += [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
     return sorted({name.rpartition(".")[0] for name in (anatomy.head_weight, anatomy.classifier_weight, *outside)})
@@ -221,11 +237,13 @@ def initial_value(name: str, shape: Iterable[int], seed: int, std: float) -> tor
     return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))
 
 
-def dequantized(weight: nn.Parameter) -> torch.Tensor:
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
     """Return a matrix as it multiplies."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight.detach()
+    if isinstance(state, RowScales):
+        return state.dequantize(weight.detach())
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.detach(), state)
@@ -244,7 +262,8 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def _check_is_what_headers_say(base: LoadedBase) -> None:
-    """Check that every stored tensor of the blocks is a parameter, and that exactly the blocks' matrices are quantized."""
+    """Check that every stored tensor of the blocks is a parameter, that the anatomy knows every parameter, and that exactly the
+    blocks' matrices are quantized."""
     parameters = dict(base.model.named_parameters())
     missing = [name for block in base.anatomy.blocks for name in block if name not in parameters]
     if missing:
@@ -253,10 +272,26 @@ def _check_is_what_headers_say(base: LoadedBase) -> None:
             where=base.load.folder,
             expected=f"names like {next(iter(parameters))}",
         )
-    if base.load.quantize == "nf4":
+    if not base.load.traits.head.is_new:
+        _check_no_other(base, parameters)
+    if base.load.quantize != "none":
         planned = {name for linears in base.anatomy.linears for name in linears}
         quantized = {name for name, parameter in parameters.items() if hasattr(parameter, "quant_state")}
         if planned != quantized:
             name = sorted(planned ^ quantized)[0]
             state = "is quantized" if name in quantized else "is not quantized"
             raise BaseError(f"{name} {state}, contrary to the plan", where=base.load.folder)
+
+
+def _check_no_other(base: LoadedBase, parameters: Iterable[str]) -> None:
+    """Check that the anatomy knows every parameter of the model: what it does not know is neither planned nor saved."""
+    anatomy = base.anatomy
+    shared = {name for group in anatomy.tied_names for name in group}
+    known = {*anatomy.tensors, *anatomy.others, *shared, anatomy.head_weight, anatomy.head_bias}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise BaseError(
+            f"the loaded model has {len(unknown)} parameters that its anatomy does not name: {', '.join(unknown[:3])}",
+            where=base.load.folder,
+            expected=f"names like {next(iter(anatomy.tensors))}",
+        )

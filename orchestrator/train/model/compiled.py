@@ -96,6 +96,8 @@ def compiled_blocks(base: LoadedBase, cut: int, execution: ExecutionPlan) -> Ite
             )
         )
         for block in list(base.model.get_submodule(base.anatomy.blocks_module).children())[cut:]:
+            if "forward" in vars(block):
+                raise CompileError(f"a {type(block).__name__} is recomputed otherwise", remedy="resources.compile: off")
             # On the object and not on its class: hooks, which run in `__call__`, stay around it.
             vars(block)["forward"] = _forward_of(block, shape)
             stack.callback(vars(block).pop, "forward")

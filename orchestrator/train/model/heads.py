@@ -14,21 +14,25 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.anatomy.values import ModelAnatomy, Ways
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.spec.tasks import TASKS, HeadKind, Task
 from orchestrator.train.model.attention import documents_apart
-from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_losses
+from orchestrator.train.model.loss import AS_PROJECTED, LogitMap, is_plain, linear_cross_entropy, token_losses
 from orchestrator.train.model.pooling import Read, classify_config, pooled
 from orchestrator.work.execution import BaseLoad
 
 IGNORED = -100
 """The label of a position without a label."""
+
+
+DEFAULT_WAYS = Ways()
 
 
 class DocumentLosses(NamedTuple):
@@ -65,6 +69,9 @@ class Parts:
     read: Read
     """What a classifier reads of a row; `class`: the model computes the logits with its own layers."""
     final_norm: FinalNorm | None
+    ways: Ways = DEFAULT_WAYS
+    logit_map: LogitMap = AS_PROJECTED
+    """What the class does with the head's result."""
 
 
 class Targets(NamedTuple):
@@ -84,7 +91,8 @@ class Supervised(NamedTuple):
     """The supervised positions of a micro-batch, or, of a classifier, its documents."""
 
     values: torch.Tensor
-    """[S, H] after the final norm, which the head takes; of a classifier logits [S, classes]."""
+    """[S, H] after the final norm, which the head takes; logits [S, classes] of a classifier, and [S, V] of a class that
+    computes its own (`Ways.projects`)."""
     targets: torch.Tensor
     """int64[S]: the token or class to be predicted."""
     document_ids: torch.Tensor
@@ -94,8 +102,12 @@ class Supervised(NamedTuple):
 class Head(Protocol):
     """The interface in which the kinds of heads differ."""
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        """Load the base's model for this head, with these options of `from_pretrained`."""
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        """Load the base's model for this head, with these options of `from_pretrained`.
+
+        Args:
+            architecture: The transformers class that does so (`ModelAnatomy.architecture`); empty for the auto class.
+        """
         ...
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
@@ -129,11 +141,13 @@ class Head(Protocol):
 class LanguageModelHead:
     """The base's own output projection: the loss of each supervised token.
 
-    The final norm and the output projection are computed at supervised positions only.
+    The final norm and the output projection are computed at supervised positions only, unless the logits are more than
+    that projection: then the class computes them, at every position.
     """
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(load.folder, **options)
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        kind: Any = getattr(transformers, architecture) if architecture else AutoModelForCausalLM
+        return kind.from_pretrained(load.folder, **options)
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:
         return anatomy.head_weight
@@ -141,23 +155,36 @@ class LanguageModelHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Run the blocks and return [B, L, H] before the final norm."""
-        with _norm_left_out(parts.final_norm), documents_apart(parts.model.config, position_ids):
-            return parts.backbone(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
+        """Run the blocks and return [B, L, H] before the final norm, or the class's own logits [B, L, V]."""
+        places = document_places(parts.ways, position_ids, lengths)
+        with documents_apart(parts.model.config, position_ids):
+            if not parts.ways.projects:
+                return parts.model(**inputs, **places, use_cache=False).logits
+            with _norm_left_out(parts.final_norm):
+                return parts.backbone(**inputs, **places, use_cache=False).last_hidden_state
 
     def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
         chosen = targets.labels != IGNORED
         states = states[chosen]
+        if not parts.ways.projects:
+            return Supervised(states, targets.labels[chosen], targets.document_ids[chosen])
         # By the module's own call, also where nothing is supervised: under ZeRO-3 that gathers its weight, on every rank.
         states = states if parts.final_norm is None else parts.final_norm.module(states)
         return Supervised(states, targets.labels[chosen], targets.document_ids[chosen])
 
     def loss_sum(self, parts: Parts, supervised: Supervised, num_trials: int) -> torch.Tensor:
+        if not parts.ways.projects:
+            return _per_trial(_cross_entropy_sum, supervised.values, supervised.targets, num_trials)
         return self.token_loss_sum(parts, supervised.values, supervised.targets, num_trials)
 
     def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
         states, tokens, owners = supervised
-        scored = [token_losses(parts.head(part), part_tokens) for part, part_tokens in _chunks(parts, states, tokens)]
+        if not parts.ways.projects:
+            losses, predictions = token_losses(states, tokens)
+            return DocumentLosses(losses, owners, predictions, tokens)
+        scored = [
+            token_losses(parts.head(part), part_tokens, parts.logit_map) for part, part_tokens in _chunks(parts, states, tokens)
+        ]
         return DocumentLosses(torch.cat([s[0] for s in scored]), owners, torch.cat([s[1] for s in scored]), tokens)
 
     def token_loss_sum(self, parts: Parts, hidden: torch.Tensor, tokens: torch.Tensor, num_trials: int = 1) -> torch.Tensor:
@@ -166,11 +193,13 @@ class LanguageModelHead:
         learns = any(parameter.requires_grad for parameter in head.parameters())
         # Adapted, quantized and partitioned heads need their own forward pass, and so autograd's backward pass.
         if isinstance(head, nn.Linear) and is_plain(head) and not (learns and num_trials > 1):
-            sums = linear_cross_entropy(head, hidden, tokens, chunk_rows=_chunk_rows(parts), num_groups=num_trials)
+            sums = linear_cross_entropy(
+                head, hidden, tokens, chunk_rows=_chunk_rows(parts), num_groups=num_trials, logit_map=parts.logit_map
+            )
             return sums[0] if num_trials == 1 else sums
 
         def loss_sum(part: torch.Tensor, part_tokens: torch.Tensor) -> torch.Tensor:
-            return functional.cross_entropy(head(part).float(), part_tokens, reduction="sum")
+            return functional.cross_entropy(parts.logit_map(head(part).float()), part_tokens, reduction="sum")
 
         def trial_sum(part: torch.Tensor, part_tokens: torch.Tensor) -> torch.Tensor:
             chunks = _chunks(parts, part, part_tokens)
@@ -184,8 +213,9 @@ class LanguageModelHead:
 class ClassificationHead:
     """A new head over the classes: the loss of each document, off the pooled states of its row."""
 
-    def load_model(self, load: BaseLoad, options: Mapping[str, Any]) -> PreTrainedModel:
-        return AutoModelForSequenceClassification.from_pretrained(
+    def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
+        kind: Any = getattr(transformers, architecture) if architecture else AutoModelForSequenceClassification
+        return kind.from_pretrained(
             # A checkpoint may have a classifier for other classes: ours is new in any case.
             load.folder,
             config=classify_config(load),
@@ -215,7 +245,7 @@ class ClassificationHead:
         return Supervised(logits[chosen], targets.class_labels[chosen], targets.document_ids[:, 0][chosen])
 
     def loss_sum(self, parts: Parts, supervised: Supervised, num_trials: int) -> torch.Tensor:
-        return _per_trial(_class_loss_sum, supervised.values, supervised.targets, num_trials)
+        return _per_trial(_cross_entropy_sum, supervised.values, supervised.targets, num_trials)
 
     def losses(self, parts: Parts, supervised: Supervised) -> DocumentLosses:
         logits, classes, owners = supervised
@@ -229,6 +259,21 @@ HEADS: Mapping[HeadKind, Head] = {"language_model": LanguageModelHead(), "classi
 def head_of(task: Task) -> Head:
     """Return the head that a task trains with."""
     return HEADS[TASKS[task].head.kind]
+
+
+def document_places(ways: Ways, position_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of a forward pass that say where documents are: positions that restart with each, or, of a class that
+    does not heed them, the mask of rows that hold one document each."""
+    if ways.packs:
+        return {"position_ids": position_ids}
+    if not ways.pads:
+        return {}
+    return {"attention_mask": attention_mask(position_ids.shape[1], lengths)}
+
+
+def attention_mask(width: int, lengths: torch.Tensor) -> torch.Tensor:
+    """Return int64[B, width], 1 at the tokens of each row; an empty row has one, since a softmax needs a term."""
+    return (torch.arange(width, device=lengths.device) < lengths.clamp(min=1)[:, None]).long()
 
 
 @contextmanager
@@ -260,10 +305,10 @@ def _chunks(parts: Parts, hidden: torch.Tensor, tokens: torch.Tensor) -> list[tu
 
 
 def _chunk_rows(parts: Parts) -> int:
-    return max(1, LOGIT_CHUNK_BYTES // (4 * parts.model.config.vocab_size))
+    return max(1, LOGIT_CHUNK_BYTES // (4 * parts.model.config.get_text_config().vocab_size))
 
 
-def _class_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 

@@ -9,7 +9,7 @@ Shapes: S supervised positions, H hidden size, V vocabulary, G groups of equally
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,13 +19,39 @@ from torch.nn import functional
 from orchestrator.plan.memory.transient import LOGIT_PIECE_BYTES
 
 
+class LogitMap(NamedTuple):
+    """What a class does with its output projection's result: cap * tanh(scale * z / cap), or scale * z without a cap."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+    """0 for none."""
+
+    def __call__(self, projected: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the projection's result, of the same shape."""
+        logits = projected if self.scale == 1.0 else projected * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    @property
+    def is_identity(self) -> bool:
+        return self == (1.0, 0.0)
+
+
+AS_PROJECTED = LogitMap()
+
+
 def is_plain(head: nn.Module) -> bool:
     """Return whether a head is one complete matrix: no adapter on it, not quantized, not partitioned across ranks."""
     return type(head) is nn.Linear and not any(hasattr(parameter, "ds_tensor") for parameter in head.parameters())
 
 
 def linear_cross_entropy(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, chunk_rows: int, num_groups: int = 1
+    head: nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    chunk_rows: int,
+    num_groups: int = 1,
+    logit_map: LogitMap = AS_PROJECTED,
 ) -> torch.Tensor:
     """Return float32[G]: the summed cross entropy of each group, in nats.
 
@@ -39,6 +65,7 @@ def linear_cross_entropy(
         targets: int64[S].
         chunk_rows: Positions whose logits are there at once.
         num_groups: G.
+        logit_map: What follows the projection.
 
     Raises:
         ValueError: S is not a multiple of G, or there are several groups and a trainable head.
@@ -47,14 +74,29 @@ def linear_cross_entropy(
         raise ValueError(f"{hidden.shape[0]} positions are not {num_groups} groups of equally many")
     if num_groups > 1 and any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError(f"a trainable head has one group, not {num_groups}")
-    return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunk_rows, num_groups)  # type: ignore[no-any-return]
+    chunks = _Chunks(chunk_rows, num_groups, logit_map)
+    return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, chunks)  # type: ignore[no-any-return]
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
-    rows = _piece_rows(logits)
+class _Chunks(NamedTuple):
+    """How `linear_cross_entropy` goes through the positions; see its arguments."""
+
+    rows: int
+    num_groups: int
+    logit_map: LogitMap
+
+
+def token_losses(
+    projected: torch.Tensor, targets: torch.Tensor, logit_map: LogitMap = AS_PROJECTED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of projected[S, V]; for scoring, without gradients.
+
+    What follows the projection is computed a piece at a time: there is never a second tensor of its size.
+    """
+    rows = _piece_rows(projected)
     losses, predictions = [], []
-    for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+    for part, wanted in zip(projected.split(rows), targets.split(rows), strict=True):
+        piece = logit_map(part)
         log_probabilities = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
         losses.append(-log_probabilities.gather(1, wanted[:, None])[:, 0])
         predictions.append(piece.argmax(-1))
@@ -71,10 +113,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        chunk_rows: int,
-        num_groups: int,
+        chunks: _Chunks,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad
+        chunk_rows, num_groups, logit_map = chunks
         hidden_gradient = torch.empty_like(hidden) if wanted[0] else None
         group_rows = hidden.shape[0] // num_groups
         several = group_rows > chunk_rows
@@ -88,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(first, min(first + chunk_rows, end))
                 logits = functional.linear(hidden[rows], weight, bias)
                 # From here on `logits` holds their gradient.
-                total += _into_gradient(logits, targets[rows])
+                total += _into_gradient(logits, targets[rows], logit_map)
                 if hidden_gradient is not None:
                     hidden_gradient[rows] = logits @ weight
                 if weight_sum is not None:
@@ -110,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             groups = hidden.unflatten(0, (len(scales), hidden.shape[0] // len(scales))).unbind()
             hidden = torch.cat([group * scale for group, scale in zip(groups, scales, strict=True)])
         learnt = [None if gradient is None else gradient * scales[0] for gradient in (weight, bias)]
-        return hidden, *learnt, None, None, None
+        return hidden, *learnt, None, None
 
 
 class _Sum:
@@ -131,18 +173,24 @@ class _Sum:
         return torch.zeros_like(self._parameter) if self._total is None else self._total.to(self._parameter.dtype)
 
 
-def _into_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross entropy of logits[n, V], and overwrite each by its gradient: softmax, less 1 at the target.
+def _into_gradient(projected: torch.Tensor, targets: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+    """Return the summed cross entropy of projected[n, V], and overwrite each number by its gradient: softmax, less 1 at the
+    target, times the slope of `logit_map` there, which is scale * (1 - (logit / cap)^2).
 
     It works in pieces, so that the float32 intermediate stays within the processor's cache.
     """
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    rows = _piece_rows(logits)
-    for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+    total = torch.zeros((), dtype=torch.float32, device=projected.device)
+    rows = _piece_rows(projected)
+    for piece, wanted in zip(projected.split(rows), targets.split(rows), strict=True):
         at_targets = wanted[:, None]
-        values = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
+        logits = piece if logit_map.is_identity else logit_map(piece.float())
+        values = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         total -= values.gather(1, at_targets).sum()
         values.exp_().scatter_add_(1, at_targets, values.new_full(at_targets.shape, -1.0))
+        if logit_map.cap:
+            values.mul_(logits.div_(logit_map.cap).square_().neg_().add_(1.0))
+        if logit_map.scale != 1.0:
+            values.mul_(logit_map.scale)
         piece.copy_(values)
     return total
 

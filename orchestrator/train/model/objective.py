@@ -11,11 +11,13 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from orchestrator.anatomy.values import ModelAnatomy, Pooling
+from orchestrator.anatomy.values import ModelAnatomy, Pooling, Ways
 from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
+from orchestrator.train.model.balance import BalanceLoss, balance_of
 from orchestrator.train.model.base import LoadedBase
-from orchestrator.train.model.heads import DocumentLosses, FinalNorm, Parts, Targets, head_of
+from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Parts, Targets, head_of
+from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.pooling import read_by_head
 from orchestrator.train.trunk.port import entering
 
@@ -42,6 +44,9 @@ class Objective(nn.Module):
         final_norm: nn.Module | None = None,
         blocks: nn.Module | None = None,
         cut: int = 0,
+        balance: BalanceLoss | None = None,
+        ways: Ways = DEFAULT_WAYS,
+        logit_map: LogitMap = AS_PROJECTED,
     ) -> None:
         """
         Args:
@@ -53,15 +58,24 @@ class Objective(nn.Module):
                 backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
             cut: The first block that is computed then.
+            balance: The load-balancing loss that is added in training.
+            ways: What the class allows.
+            logit_map: What the class does with the head's result.
         """
         super().__init__()
         self.model: Any = model
         norm = FinalNorm(final_norm, *_place_in(backbone, final_norm)) if final_norm is not None else None
         # Inside values: as attributes, nn.Module would register these modules a second time, beside `model`.
         self._head = head_of(task)
-        self._parts = Parts(model, backbone, head, encoder, read_by_head(pooling, encoder=encoder), norm)
+        self._parts = Parts(model, backbone, head, encoder, read_by_head(pooling, encoder=encoder), norm, ways, logit_map)
         self._blocks = (cast("nn.ModuleList | None", blocks),)
         self._cut = cut
+        self._balance = balance
+
+    @property
+    def cut(self) -> int:
+        """The first block that is computed where stored states are given."""
+        return self._cut
 
     def forward(
         self,
@@ -92,11 +106,16 @@ class Objective(nn.Module):
         """
         heartbeat.beat()
         targets = Targets(labels, document_ids, class_labels, lengths)
-        # The states of all positions have no name here: they are freed before the logits are made.
-        supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
+        balance = None if each else self._balance
+        with nullcontext([]) if balance is None else balance.recording() as router_logits:
+            # The states of all positions have no name here: they are freed before the logits are made.
+            supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
         if each:
             return self._head.losses(self._parts, supervised)
-        return self._head.loss_sum(self._parts, supervised, num_trials)
+        loss_sum = self._head.loss_sum(self._parts, supervised, num_trials)
+        if balance is not None:
+            loss_sum = loss_sum + balance.sum_over(router_logits, document_ids >= 0, supervised.targets.numel())
+        return loss_sum
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the model. In train mode everything below the cut stays in eval mode: nothing there is trained, and its
@@ -146,17 +165,39 @@ class Objective(nn.Module):
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
     """Return the objective over the base as it is now, starting from stored states at `cut` if it gets any."""
-    model, anatomy = base.model, base.anatomy
+    balance = balance_of(base.model, base.model.get_submodule(base.anatomy.backbone), base.anatomy)
+    return make_objective(base.model, base.anatomy, base.load.task, head, cut=cut, balance=balance)
+
+
+def make_objective(
+    model: nn.Module,
+    anatomy: ModelAnatomy,
+    task: Task,
+    head: nn.Module | None = None,
+    cut: int = 0,
+    balance: BalanceLoss | None = None,
+) -> Objective:
+    """Return the objective over a model as its anatomy describes it.
+
+    Args:
+        head: The map from hidden states to logits; by default the module of the task's head.
+        cut: See `Objective`.
+        balance: See `Objective`.
+    """
+    weight = head_of(task).weight_name(anatomy)
     return Objective(
         model,
         model.get_submodule(anatomy.backbone),
-        head,
-        base.load.task,
+        head if head is not None else model.get_submodule(weight.rpartition(".")[0]),
+        task,
         encoder=anatomy.kind == "encoder",
         pooling=anatomy.pooling,
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,
+        balance=balance,
+        ways=anatomy.ways,
+        logit_map=LogitMap(anatomy.logit_scale, anatomy.logit_cap),
     )
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from orchestrator.errors import TrainingError
 
 
 @contextmanager
@@ -25,30 +24,39 @@ def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
     Non-reentrant: the reentrant kind gives no gradient, silently, where a block's input needs none, which is so at
     the cut.
 
-    Args:
-        blocks: transformers' blocks (`GradientCheckpointingLayer`), from the cut up.
+    A block of another class than transformers' `GradientCheckpointingLayer` has no such switch: its forward method is replaced,
+    on the module object itself.
 
-    Raises:
-        TrainingError: a block is of another kind: it would not heed the switch, and keep everything in silence.
+    Args:
+        blocks: The blocks from the cut up.
     """
-    switched = list(blocks)
+    every = list(blocks)
+    switched = [block for block in every if isinstance(block, GradientCheckpointingLayer)]
+    wrapped = [block for block in every if not isinstance(block, GradientCheckpointingLayer)]
     for block in switched:
-        if not isinstance(block, GradientCheckpointingLayer):
-            raise TrainingError(
-                f"a block of class {type(block).__name__} cannot be recomputed in the backward pass",
-                expected="transformers' GradientCheckpointingLayer",
-                remedy="gradient checkpointing does not help here: more ranks (resources.ranks_per_gang) with zero: 3, "
-                "or a smaller data.max_tokens",
-            )
-    for block in switched:
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        vars(block)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
         block.gradient_checkpointing = True
+    for block in wrapped:
+        vars(block)["forward"] = _recomputing(block.forward)
     try:
         yield
     finally:
         for block in switched:
             block.gradient_checkpointing = False
             del block._gradient_checkpointing_func
+        for block in wrapped:
+            del vars(block)["forward"]
+
+
+def _recomputing(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward method that keeps only its input where a gradient is wanted."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, **kwargs)
+
+    return forward
 
 
 def keep_recomputing(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import cast
 
@@ -162,7 +162,7 @@ class TrunkBuilder:
         first = int(data.offsets[documents[0]])
         shape = (int(data.offsets[documents[-1] + 1]) - first, self.base.anatomy.hidden_size)
         made = {cut: torch.empty(shape, dtype=self.base.dtype) for cut in cuts}
-        rows = RowPlan(self.rows.row_tokens, self.rows.rows_per_micro_batch, self.rows.pack)
+        rows = replace(self.rows, rank=0, num_ranks=1, one_shape=False)
         with leaving(blocks, cuts) as taken:
             for batch in rows.batches(data, documents):
                 heartbeat.beat()

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+_companions: dict[type[nn.Module], int] = {}
+"""How many values a class of block returns beside its hidden states, in a tuple. Found whenever states are taken, which the
+self-test of a base does before anything is stored; a class that is not here returns hidden states alone."""
+
 
 @contextmanager
 def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -23,8 +27,8 @@ def entering(blocks: nn.ModuleList, cut: int, hidden: torch.Tensor) -> Iterator[
     below = [blocks[index] for index in range(cut)]
     # The blocks below pass the embeddings on unchanged; the last of them returns the stored states instead.
     for block in below[:-1]:
-        vars(block)["forward"] = _pass_on
-    vars(below[-1])["forward"] = _returns(hidden)
+        vars(block)["forward"] = _passes_on(block)
+    vars(below[-1])["forward"] = _returns(below[-1], hidden)
     try:
         yield
     finally:
@@ -40,7 +44,7 @@ def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, 
     above = [blocks[index] for index in range(max(cuts), len(blocks))]
     hooks = [blocks[cut - 1].register_forward_hook(_taker(cut, taken)) for cut in cuts]
     for block in above:
-        vars(block)["forward"] = _pass_on
+        vars(block)["forward"] = _passes_on(block)
     try:
         yield taken
     finally:
@@ -50,19 +54,33 @@ def leaving(blocks: nn.ModuleList, cuts: Collection[int]) -> Iterator[dict[int, 
             del vars(block)["forward"]
 
 
-def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden_states
+def _answer(block: nn.Module, hidden: torch.Tensor) -> Any:
+    """Return hidden states in the form in which a block returns them."""
+    count = _companions.get(type(block))
+    return hidden if count is None else (hidden, *[None] * count)
 
 
-def _returns(hidden: torch.Tensor) -> Any:
-    def forward(*_: Any, **__: Any) -> torch.Tensor:
-        return hidden
+def _passes_on(block: nn.Module) -> Any:
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return _answer(block, hidden_states)
+
+    return forward
+
+
+def _returns(block: nn.Module, hidden: torch.Tensor) -> Any:
+    def forward(*_: Any, **__: Any) -> Any:
+        return _answer(block, hidden)
 
     return forward
 
 
 def _taker(cut: int, taken: dict[int, torch.Tensor]) -> Any:
-    def take(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        taken[cut] = output.detach()
+    def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        states = output
+        if isinstance(output, tuple):
+            values: tuple[Any, ...] = output
+            _companions[type(module)] = len(values) - 1
+            states = values[0]
+        taken[cut] = states.detach()
 
     return take

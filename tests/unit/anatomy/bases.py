@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.anatomy import ModelAnatomy
+from orchestrator.anatomy.config import find_layout, read_config, read_values
+from orchestrator.anatomy.reader import implied_anatomy
+
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 Stored = Mapping[str, tuple[int, ...]]
 
@@ -108,9 +112,14 @@ def write_safetensors(path: Path, tensors: Stored, *, dtype: str = "BF16") -> No
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
 
 
+def row_of(folder: Path) -> ModelAnatomy:
+    """What the table says of a config alone, also of a layout that is learned from its class instead."""
+    values = read_values(folder)
+    layout = find_layout(values)
+    assert layout is not None
+    return implied_anatomy(read_config(folder, values, layout))
+
+
 def implied_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
     """What the reader expects of a config, to be written as weights; `test_truth` proves it against transformers."""
-    from orchestrator.anatomy import read_anatomy
-
-    anatomy = read_anatomy(write_base(folder, config), need_weights=False)
-    return {name: tensor.shape for name, tensor in anatomy.tensors.items()}
+    return {name: tensor.shape for name, tensor in row_of(write_base(folder, config)).tensors.items()}

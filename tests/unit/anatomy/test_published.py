@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.anatomy import ModelAnatomy, known_layouts, read_anatomy
 
-from .bases import write_base
+from .bases import row_of, write_base
 
 
 class Published(NamedTuple):
@@ -130,7 +130,7 @@ ACTIVE = {"mistralai/Mixtral-8x7B-v0.1": 12.9, "Qwen/Qwen1.5-MoE-A2.7B": 2.7, "Q
 
 
 def anatomy_of(folder: Path, published: Published) -> ModelAnatomy:
-    return read_anatomy(write_base(folder, published.config), need_weights=False)
+    return row_of(write_base(folder, published.config))
 
 
 def test_every_layout_has_a_published_model() -> None:

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.anatomy import LayerSelection, ModelAnatomy, known_layouts, read_anatomy, resolve_base, select
+from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, known_layouts, read_anatomy, resolve_base, select
 from orchestrator.errors import SelectionError
 from orchestrator.spec import load_spec
+from orchestrator.spec.adapters import AdapterOptions, Modules
 from orchestrator.spec.models import Task, Tune
 
-from .bases import BERT, config_of, implied_tensors, write_base
+from .bases import BERT, config_of, implied_tensors, row_of, write_base
 
 NUM_BLOCKS = 3
 POLICIES = st.one_of(
@@ -29,7 +30,7 @@ POLICIES = st.one_of(
 @cache
 def anatomy_of(model_type: str, tied: bool = True) -> ModelAnatomy:
     with TemporaryDirectory() as folder:
-        return read_anatomy(write_base(Path(folder), config_of(model_type, tie_word_embeddings=tied)), need_weights=False)
+        return row_of(write_base(Path(folder), config_of(model_type, tie_word_embeddings=tied)))
 
 
 def pick(
@@ -150,14 +151,33 @@ def test_the_heads_bias_learns_with_full_and_goes_with_the_head() -> None:
     assert "lm_head.bias" not in {*classify.trainable, *classify.frozen}
 
 
-def test_full_trains_routers_and_experts_and_lora_neither() -> None:
+def test_experts_and_routers_learn_if_asked() -> None:
     anatomy = anatomy_of("qwen2_moe")
+    experts = {"model.layers.2.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"}
+    router, shared = "model.layers.2.mlp.gate.weight", "model.layers.2.mlp.shared_expert.up_proj.weight"
+    assert set(anatomy.stacked[2]) == experts
+    ways: tuple[Tune, ...] = ("lora", "full")
+    for tune in ways:
+        assert router in pick("last:1", tune, anatomy=anatomy).frozen
+        assert router in pick("last:1 + router", tune, anatomy=anatomy).trainable
     full, lora = pick("last:1", anatomy=anatomy), pick("last:1", "lora", anatomy=anatomy)
-    experts = ("model.layers.2.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj")
-    assert anatomy.stacked[2] == experts
-    assert {*experts, "model.layers.2.mlp.gate.weight"} <= set(full.trainable)
-    assert {*experts, "model.layers.2.mlp.gate.weight"} <= set(lora.frozen)
-    assert "model.layers.2.mlp.shared_expert.up_proj.weight" in lora.adapted
+    assert experts <= set(full.trainable)
+    assert experts <= set(lora.frozen)
+    assert shared in lora.adapted
+
+    def adapted(modules: Modules) -> set[str]:
+        options = AdapterOptions(modules=modules)
+        check_modules(anatomy, modules)
+        return set(select(anatomy, "last:1", "lora", 4, adapter=options, task="completion").adapted)
+
+    assert adapted("experts") == experts
+    assert adapted(("experts", "attention")) == experts | adapted("attention")
+    assert adapted(("all", "down_proj")) == {*lora.adapted, *(name for name in experts if "down" in name)}
+    with pytest.raises(SelectionError, match="has none") as caught:
+        pick("last:1+router")
+    assert "write last:1" in str(caught.value)
+    with pytest.raises(SelectionError, match="no routed experts"):
+        check_modules(anatomy_of("llama"), "experts")
 
 
 def test_nothing_learns_under_none() -> None:

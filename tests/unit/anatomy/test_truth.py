@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from orchestrator.anatomy import ModelAnatomy, known_layouts, read_anatomy
 
-from .bases import CONFIGS, LLAMA, config_of, write_base
+from .bases import CONFIGS, LLAMA, config_of, row_of, write_base
 
 NUM_BLOCKS = 3
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -78,7 +78,7 @@ def test_every_layout_has_a_small_config() -> None:
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_names_and_shapes_are_those_of_the_model(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     config = config_of(model_type, **changes)
-    anatomy = read_anatomy(write_base(tmp_path, config), need_weights=False)
+    anatomy = row_of(write_base(tmp_path, config))
     truth = parameters_of(config, classify=anatomy.kind == "encoder")
     classifier = {anatomy.classifier_weight, anatomy.classifier_bias}
     assert shapes_of(anatomy) == {name: shape for name, shape in truth.items() if name not in classifier}
@@ -94,7 +94,7 @@ def test_names_and_shapes_are_those_of_the_model(tmp_path: Path, model_type: str
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_linears_stacks_and_the_rest_are_what_the_modules_are(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     config = config_of(model_type, **changes)
-    anatomy = read_anatomy(write_base(tmp_path, config), need_weights=False)
+    anatomy = row_of(write_base(tmp_path, config))
     model = model_of(config, classify=anatomy.kind == "encoder")
     for block, linears, stacked in zip(anatomy.blocks, anatomy.linears, anatomy.stacked, strict=True):
         kinds = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in block}
@@ -112,7 +112,7 @@ def test_linears_stacks_and_the_rest_are_what_the_modules_are(tmp_path: Path, mo
 @pytest.mark.parametrize("model_type", known_layouts())
 def test_the_classifier_has_the_names_of_the_model(tmp_path: Path, model_type: str) -> None:
     config = config_of(model_type)
-    anatomy = read_anatomy(write_base(tmp_path, config), need_weights=False)
+    anatomy = row_of(write_base(tmp_path, config))
     truth = parameters_of(config, classify=True)
     assert truth[anatomy.classifier_weight] == (5, anatomy.hidden_size)
     new = set(truth) - set(anatomy.tensors) - {tensor.name for tensor in anatomy.new_tensors}
@@ -123,7 +123,7 @@ def test_the_classifier_has_the_names_of_the_model(tmp_path: Path, model_type: s
 def test_defaults_are_those_of_the_config_class(tmp_path: Path, model_type: str) -> None:
     sizes = LEAST.get(model_type, FEW)
     config: Any = AutoConfig.for_model(model_type, **sizes)
-    anatomy = read_anatomy(write_base(tmp_path, {"model_type": model_type, **sizes}), need_weights=False)
+    anatomy = row_of(write_base(tmp_path, {"model_type": model_type, **sizes}))
     truth = parameters_of({"model_type": model_type, **sizes}, classify=anatomy.kind == "encoder")
     classifier = {anatomy.classifier_weight, anatomy.classifier_bias}
     assert shapes_of(anatomy) == {name: shape for name, shape in truth.items() if name not in classifier}
@@ -145,13 +145,13 @@ def test_defaults_are_those_of_the_config_class(tmp_path: Path, model_type: str)
     ("model_type", "expected"), [("mixtral", (6, 2, 24, 0)), ("qwen2_moe", (6, 2, 8, 12)), ("qwen3_moe", (6, 2, 8, 0))]
 )
 def test_experts_are_counted(tmp_path: Path, model_type: str, expected: tuple[int, ...]) -> None:
-    experts = read_anatomy(write_base(tmp_path, config_of(model_type)), need_weights=False).experts
+    experts = row_of(write_base(tmp_path, config_of(model_type))).experts
     assert experts is not None
     found = (experts.num_experts, experts.experts_per_token, experts.intermediate_size, experts.shared_intermediate_size)
     assert found == expected
     dense = config_of(model_type, decoder_sparse_step=4)
     if model_type != "mixtral":
-        assert read_anatomy(write_base(tmp_path / "dense", dense), need_weights=False).experts is None
+        assert row_of(write_base(tmp_path / "dense", dense)).experts is None
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "4KB"])

@@ -16,7 +16,7 @@ from orchestrator.serve import shards
 from orchestrator.serve.dequantize import hold_quantized
 from orchestrator.serve.merging import merge
 from orchestrator.store.files import usual_mode
-from orchestrator.train.model.base import load_base
+from orchestrator.train.model.base import dequantized, load_base
 from orchestrator.work.execution import BaseLoad
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
@@ -121,10 +121,13 @@ def test_where_links_are_not_possible_the_shard_is_copied(make_base: Callable, l
     assert all(torch.equal(before[name], after[name]) for name in before if name != DOWN.format(2))
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])
-def test_dequantized_weights_are_bit_equal_to_what_training_loads(make_base: Callable, load_of: Callable, tools, tmp_path, held):
+def test_dequantized_weights_are_bit_equal_to_what_training_loads(
+    make_base: Callable, load_of: Callable, tools, tmp_path, held, quantize
+):
     anatomy = make_base(dtype=torch.float32 if held == "float32" else torch.bfloat16)
-    load: BaseLoad = load_of(anatomy, quantize="nf4")
+    load: BaseLoad = load_of(anatomy, quantize=quantize)
     learns = QUERY.format(2)
     plan = make_merge_plan(anatomy, tools.write_delta(tmp_path / "rung", {learns: torch.ones(128, 128)}), load, held_dtype=held)
     (tmp_path / "out").mkdir()
@@ -136,7 +139,7 @@ def test_dequantized_weights_are_bit_equal_to_what_training_loads(make_base: Cal
         if name == learns:
             assert torch.equal(after[name], torch.ones_like(after[name]))
         elif name in linears:
-            assert torch.equal(after[name], dequantize_4bit(parameter.data, parameter.quant_state)), name
+            assert torch.equal(after[name], dequantized(parameter)), name
             assert not torch.equal(after[name], before[name])
         else:
             assert torch.equal(after[name], before[name]), name

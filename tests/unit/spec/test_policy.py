@@ -43,6 +43,7 @@ def test_spaces_and_case_mean_nothing(text: str, space: str) -> None:
         ("blocks:5", "blocks:5"),
         ("ALL", "all"),
         ("top:.250", "top:0.25"),
+        ("all+router+head", "all+head+router"),
     ],
 )
 def test_normal_forms(text: str, normal: str) -> None:
@@ -50,7 +51,7 @@ def test_normal_forms(text: str, normal: str) -> None:
 
 
 def test_a_policy_is_understood() -> None:
-    assert parse_policy("blocks:0-1,4+head") == Policy("blocks", ranges=((0, 1), (4, 4)), with_head=True)
+    assert parse_policy("blocks:0-1,4+head") == Policy("blocks", ranges=((0, 1), (4, 4)), extras=("head",))
     assert parse_policy("last:3") == Policy("last", count=3)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 from orchestrator.anatomy import read_anatomy
 from orchestrator.errors import BaseError
 from orchestrator.train.integrity import changed, fingerprint, tensors_of
-from orchestrator.train.model.base import load_base, loading_device, num_loads
+from orchestrator.train.model.base import dequantized, load_base, loading_device, num_loads
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
 IDS = torch.arange(1, 17)[None]
@@ -124,8 +124,6 @@ def test_what_cannot_be_loaded_is_refused(llama_folder: Callable, tmp_path: Path
     anatomy = read_anatomy(folder, need_weights=True)
     load = BaseLoad(folder=str(folder), model_type="llama", quantize="none", task="completion")
     cpu = torch.device("cpu")
-    with pytest.raises(BaseError, match="int8"):
-        load_base(load.model_copy(update={"quantize": "int8"}), anatomy, dtype=torch.float32, device=cpu)
     with pytest.raises(BaseError, match="no weights"):
         load_base(load, anatomy.model_copy(update={"has_weights": False}), dtype=torch.float32, device=cpu)
     weights = folder / "model.safetensors"
@@ -178,3 +176,24 @@ def _anonymous_bytes() -> int:
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def test_int8_multiplies_with_dequantized_weights(llama_folder: Callable, base_of: Callable):
+    """Outputs and input gradients are those of the weights that `dequantized` gives, in train mode and in eval mode."""
+    base = base_of(llama_folder(), quantize="int8")
+    plain = base_of(llama_folder())
+    layers = {name.removesuffix(".weight") for block in base.anatomy.linears for name in block}
+    for name in sorted(layers):
+        layer, inputs = base.model.get_submodule(name), torch.randn(2, 3, base.model.get_submodule(name).in_features)
+        weight = dequantized(layer.weight)
+        original = plain.model.get_parameter(f"{name}.weight").float()
+        error = (weight.float() - original).abs().amax(dim=1) / original.abs().amax(dim=1)
+        assert 0 < error.max() < 0.01, name
+        inputs = inputs.to(base.dtype).requires_grad_()
+        for mode in (True, False):
+            layer.train(mode)
+            out = layer(inputs)
+            (gradient,) = torch.autograd.grad(out.sum(), inputs)
+            assert torch.equal(out, torch.nn.functional.linear(inputs, weight))
+            assert torch.allclose(gradient, torch.ones_like(out) @ weight, atol=1e-5)
+    assert any(name.endswith(".absmax") for name, _ in tensors_of(base.model))

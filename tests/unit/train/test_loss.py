@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.train.model import loss as loss_module
-from orchestrator.train.model.loss import is_plain, linear_cross_entropy, token_losses
+from orchestrator.train.model.loss import LogitMap, is_plain, linear_cross_entropy, token_losses
 
 HIDDEN, VOCAB, ROWS = 48, 131, 60
 
@@ -53,6 +53,23 @@ def test_value_and_gradients_are_those_of_plain_torch(
         assert mine.dtype == dtype
         exact = dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=1e-5 if exact else 0.02, atol=1e-6 if exact else 2e-3)
+
+
+@pytest.mark.parametrize("logit_map", [LogitMap(0.25), LogitMap(3.0, 2.0), LogitMap(1.0, 5.0)])
+@pytest.mark.parametrize("chunk_rows", [ROWS, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_and_capped_logits_have_the_gradients_of_autograd(
+    dtype: torch.dtype, chunk_rows: int, logit_map: LogitMap
+) -> None:
+    head, (hidden, targets) = make_head(dtype, bias=True), make_inputs(dtype)
+    loss = linear_cross_entropy(head, hidden, targets, chunk_rows=chunk_rows, logit_map=logit_map)
+    z = head(hidden).float() * logit_map.scale
+    logits = logit_map.cap * torch.tanh(z / logit_map.cap) if logit_map.cap else z
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss[0], expected, rtol=1e-6, atol=0.0)
+    exact = dtype == torch.float32
+    for mine, theirs in zip(gradients(loss, head, hidden, 1 / 13), gradients(expected, head, hidden, 1 / 13), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5 if exact else 0.02, atol=1e-6 if exact else 6e-3)
 
 
 def test_a_frozen_head_has_no_gradient_and_a_lone_head_needs_none_below() -> None:

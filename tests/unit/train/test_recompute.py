@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.errors import TrainingError
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.recompute import recomputed
 
@@ -46,6 +45,41 @@ def test_leaving_by_an_exception_turns_it_off(llama_folder: Callable[..., Path],
     assert not any(block.gradient_checkpointing or hasattr(block, "_gradient_checkpointing_func") for block in blocks)
 
 
-def test_a_block_that_would_not_heed_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="class Linear cannot"), recomputed([nn.Linear(2, 2)]):
-        pass
+class Plain(nn.Module):
+    """A block as a class of transformers that has no switch for gradient checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.num_calls = 0
+
+    def forward(self, states: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, None]:
+        self.num_calls += 1
+        return states + scale * torch.relu(self.inner(states)), None
+
+
+def test_blocks_without_a_switch_are_recomputed_too() -> None:
+    torch.manual_seed(0)
+    blocks = [Plain(), Plain()]
+
+    def gradients() -> list[torch.Tensor]:
+        states = torch.arange(16.0).view(2, 8) / 16
+        for block in blocks:
+            states = block(states, scale=0.5)[0]
+        states.square().sum().backward()
+        found = [parameter.grad.clone() for block in blocks for parameter in block.parameters() if parameter.grad is not None]
+        for block in blocks:
+            block.zero_grad()
+        return found
+
+    kept = gradients()
+    assert [block.num_calls for block in blocks] == [1, 1]
+    with recomputed(blocks):
+        again = gradients()
+        assert [block.num_calls for block in blocks] == [3, 3]
+        with torch.no_grad():
+            blocks[0](torch.zeros(2, 8))
+        assert blocks[0].num_calls == 4
+    for one, other in zip(kept, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+    assert all("forward" not in vars(block) for block in blocks)
