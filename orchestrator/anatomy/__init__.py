@@ -10,24 +10,28 @@ enough to train. Everything else is learned from the transformers class (`learne
 """
 
 from orchestrator.anatomy.layouts import known_layouts, trainable_layouts
+from orchestrator.anatomy.pooling import pooled_for, with_pooling
 from orchestrator.anatomy.reader import read_anatomy, resolve_base
 from orchestrator.anatomy.selection import check_modules, select, select_everything
-from orchestrator.anatomy.values import Experts, LayerSelection, ModelAnatomy, StoredPart, TensorInfo, Ways
+from orchestrator.anatomy.values import Experts, LayerSelection, ModelAnatomy, Pooling, StoredPart, TensorInfo, Ways
 from orchestrator.spec.policy import normal_form
 
 __all__ = [
     "Experts",
     "LayerSelection",
     "ModelAnatomy",
+    "Pooling",
     "StoredPart",
     "TensorInfo",
     "Ways",
     "check_modules",
     "known_layouts",
     "normal_form",
+    "pooled_for",
     "read_anatomy",
     "resolve_base",
     "select",
     "select_everything",
     "trainable_layouts",
+    "with_pooling",
 ]

@@ -27,6 +27,7 @@ from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.int8 import RowScales, use_weights_only
+from orchestrator.train.model.pooling import remove_unread
 from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
@@ -170,7 +171,11 @@ def _from_folder(
     use_weights_only(model, dtype)
     _settle_decoded(model, anatomy, dtype)
     if load.traits.head.is_new:
-        reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
+        new = new_parameter_names(model, anatomy)
+        if not load.pooling.by_class:
+            remove_unread(model, [name for name in new if name not in (anatomy.classifier_weight, anatomy.classifier_bias)])
+            new = new_parameter_names(model, anatomy)
+        reset_new_parameters(model, new, seed=0)
     return model
 
 
