@@ -22,6 +22,7 @@ from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, StoredPart
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge_operations import (
+    HEAD_FILE,
     WHOLE,
     ApplyAdapter,
     Compose,
@@ -83,6 +84,8 @@ def make_merge_plan(
     )
     absent = {name: info for name, info in artifact.whole.items() if name not in anatomy.tensors}
     new = [_new_tensor(name, info, anatomy) for name, info in absent.items() if not name.endswith(f".{NEW_ROWS}")]
+    head = None if base_load.pooling.by_class else _head_file(new)
+    new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     dropped = {tensor.name for tensor in new}
@@ -97,8 +100,11 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
+        pooling=base_load.pooling,
+        padding=base_load.padding,
         unties_head=_unties_head(anatomy, artifact),
         shards=_shards(Path(anatomy.folder), tensors, new),
+        head=head,
     )
 
 
@@ -245,6 +251,12 @@ def _kept(info: TensorInfo) -> WriteTensor:
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
     dtype = next(iter(anatomy.tensors.values())).dtype
     return WriteTensor(name=name, shape=trained.shape, dtype=dtype, operation=NewTensor(trained=trained))
+
+
+def _head_file(new: list[WriteTensor]) -> WriteShard:
+    """Return the file of a classifier, the only new tensors of a base that pools by itself, under plain names."""
+    tensors = [tensor.model_copy(update={"name": tensor.name.rpartition(".")[2]}) for tensor in new]
+    return WriteShard(file=HEAD_FILE, tensors=tuple(tensors))
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TextStreamer
 
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.bundle_check import hub_copy, read_record, where_to_get
-from orchestrator.serve.loading import serving_class
+from orchestrator.serve.classifier import load_served
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
@@ -264,11 +263,10 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
-    kind = getattr(transformers, serving_class(folder, record.base.load.traits.head.auto_model))
     where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
     dtype = getattr(torch, record.held_dtype)
     try:
-        model = kind.from_pretrained(folder, dtype=dtype, device_map=where, local_files_only=True, trust_remote_code=False)
+        model = load_served(folder, record.base.load, dtype=dtype, device_map=where)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseError(
