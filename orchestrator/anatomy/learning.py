@@ -8,9 +8,6 @@ from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.spec.tasks import HeadKind
 from orchestrator.values import Value
 
-FORMAT = 1
-"""Counts the changes of what an answer says: answers of another format are not used."""
-
 
 class Question(Value):
     """A base whose class is to be built."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gzip
+import hashlib
 import os
 import secrets
 from collections.abc import Generator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy.learning import FORMAT, Answer
+from orchestrator.anatomy.learning import Answer
 from orchestrator.anatomy.values import TensorInfo
 from orchestrator.spec.tasks import HeadKind
 from orchestrator.values import content_hash
@@ -22,6 +24,7 @@ from orchestrator.values import content_hash
 NOISE = ("_name_or_path", "transformers_version", "auto_map", "id2label", "label2id", "task_specific_params")
 """Keys of config.json that change nothing of a class."""
 LIBRARIES = ("transformers", "torch")
+CODE = ("anatomy", "probe", "train/model")
 
 
 def cache_folder() -> Path:
@@ -31,10 +34,18 @@ def cache_folder() -> Path:
 
 
 def key_of(values: Mapping[str, Any], stored: Mapping[str, TensorInfo] | None, head: HeadKind) -> str:
-    """Return the hash of all that an answer depends on: config, stored tensors, task, the versions that built the class."""
+    """Return the hash of all that an answer depends on: config, stored tensors, task, and the code that finds it."""
     config = {key: value for key, value in values.items() if key not in NOISE}
     tensors = None if stored is None else [tensor.model_dump(exclude_defaults=True) for tensor in stored.values()]
-    return content_hash([FORMAT, head, config, tensors, [metadata.version(library) for library in LIBRARIES]])
+    return content_hash([head, config, tensors, _code_hash(), [metadata.version(library) for library in LIBRARIES]])
+
+
+@cache
+def _code_hash() -> str:
+    """Return the hash of the code by which answers are found, so that those of another version of this package are not used."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(path for folder in CODE for path in (package / folder).glob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def recall(key: str) -> Answer | None:

@@ -114,8 +114,11 @@ def _learned_instead(
 ) -> ModelAnatomy:
     """Learn a base that its row of the table does not describe.
 
-    If the class does not fit either, the row says best what is wrong. A row of a type that has no class for texts is still good
-    for planning.
+    A row of a type that has no class for texts is still good for planning.
+
+    Raises:
+        NotLearnedError: the stored tensors are not those of the class.
+        BaseError: as the row says, if the class cannot be built.
     """
     try:
         return learn(folder, values, stored, task=task)
@@ -124,6 +127,8 @@ def _learned_instead(
             if stored is not None:
                 _check_count(folder, other.config, _expected(other.config), stored)
             return implied_anatomy(other.config)
+        if refused.kind == "weights":
+            raise
         raise other.error from refused
 
 

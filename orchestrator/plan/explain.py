@@ -44,6 +44,11 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 def _base_warnings(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     yield from anatomy.notes
+    if anatomy.costs_note:
+        yield (
+            f"memory and operations are a lower bound: those of the blocks of {anatomy.architecture} could not be counted, and "
+            f"formulas for a plain transformer stand in ({anatomy.costs_note})"
+        )
     if anatomy.plan_only:
         yield f"a base of type {anatomy.model_type} can be planned but not trained: {anatomy.plan_only}"
     if anatomy.experts is not None and spec.base.quantize != "none":

@@ -10,4 +10,6 @@ The plan must not import torch, so `anatomy/learned.py` starts this module as a 
 3. `facts.py` reads what the plan needs to know of them: norms, MLP, experts, dropout, scaled logits.
 4. `names.py` finds the stored tensors of each parameter.
 5. `shrink.py` makes a tiny model of the same class, on which is tried how rows may be laid out.
+6. `costs.py` counts the allocations and operations of each kind of block, on the class in its own size but without memory:
+   `blocks.py` has the blocks with their arguments, `traces.py` runs them, `allocations.py` counts.
 """

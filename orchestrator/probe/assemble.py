@@ -109,16 +109,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
     config: Any = built.config
     classifier = find_classifier(structure) if built.classifies else Classifier()
     outside = find_outside(structure, (head.weight, head.bias), classifier)
-    implied = implied_tensors(structure, dtype_of(config))
-    absent = {classifier.weight, classifier.bias} | (set(names.missing) if names else set(classifier.new))
-    tensors = {name: tensor for name, tensor in implied.items() if name not in absent}
-    if names is not None:
-        tensors = {name: names.tensors[name] for name in implied if name in names.tensors and name not in absent}
-    new = [implied[name] for name in implied if name not in tensors and name not in (classifier.weight, classifier.bias)]
-    linears = [facts.linears_of(structure, number) for number in range(len(structure.blocks))]
-    stacked = [facts.stacked_of(structure, number) for number in range(len(structure.blocks))]
-    routers = [tuple(facts.routers_of(structure, number)) for number in range(len(structure.blocks))]
-    kinds = block_kinds(structure)
     heads, kv_heads, head_dim = facts.heads_of(structure)
     scale, cap = facts.logits_of(structure)
     embedding: Any = structure.embedding
@@ -127,7 +117,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         kind=built.kind,
         folder="",
         has_weights=names is not None,
-        num_blocks=len(structure.blocks),
         hidden_size=facts.hidden_size(structure),
         intermediate_size=facts.intermediate_size(structure),
         num_heads=heads,
@@ -145,11 +134,7 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         classifier_bias=classifier.bias,
         embeddings=outside.embeddings,
         final_norm=outside.final_norm,
-        blocks=tuple(map(tuple, structure.in_blocks)),
-        linears=tuple(tuple(found) for found, _ in linears),
-        stacked=tuple(tuple(found) for found, _ in stacked),
-        transposed=tuple(name for _, found in (*linears, *stacked) for name in found),
-        routers=tuple(routers) if any(routers) else (),
+        **_blocks(structure),
         experts=facts.experts_of(structure),
         attention="fused" if structure.model._supports_sdpa else "eager",
         norm=facts.norm_of(structure),
@@ -158,15 +143,43 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         dropout=facts.dropout_of(structure),
         source="class",
         architecture=type(built.model).__name__,
-        block_kinds=kinds if any(kinds) else (),
         logit_scale=scale,
         logit_cap=cap,
         tied_names=tied_names(structure, head.weight),
         others=outside.others,
-        extra=names.extra if names is not None else (),
-        buffers=tuple(names.tensors[name] for name in names.buffers) if names is not None else (),
-        copies=names.copies if names is not None else (),
-        tensors=tensors,
-        new_tensors=tuple(new),
+        **_tensors(structure, names, classifier, dtype_of(config)),
         config_sha256="",
     )
+
+
+def _blocks(structure: Structure) -> dict[str, Any]:
+    """Return the fields of an anatomy that have an entry for each block."""
+    numbers = range(len(structure.blocks))
+    linears = [facts.linears_of(structure, number) for number in numbers]
+    stacked = [facts.stacked_of(structure, number) for number in numbers]
+    routers = tuple(tuple(facts.routers_of(structure, number)) for number in numbers)
+    kinds = block_kinds(structure)
+    return {
+        "num_blocks": len(structure.blocks),
+        "blocks": tuple(map(tuple, structure.in_blocks)),
+        "linears": tuple(tuple(found) for found, _ in linears),
+        "stacked": tuple(tuple(found) for found, _ in stacked),
+        "transposed": tuple(name for _, found in (*linears, *stacked) for name in found),
+        "routers": routers if any(routers) else (),
+        "block_kinds": kinds if any(kinds) else (),
+    }
+
+
+def _tensors(structure: Structure, names: NameMap | None, classifier: Classifier, dtype: str) -> dict[str, Any]:
+    """Return the fields of an anatomy that say what is stored, or what the config implies where nothing is."""
+    implied = implied_tensors(structure, dtype)
+    new = {classifier.weight, classifier.bias}
+    if names is None:
+        tensors = {name: tensor for name, tensor in implied.items() if name not in new and name not in classifier.new}
+        stored: dict[str, Any] = {}
+    else:
+        tensors = {name: names.tensors[name] for name in implied if name in names.tensors and name not in new}
+        buffers = tuple(names.tensors[name] for name in names.buffers)
+        stored = {"extra": names.extra, "buffers": buffers, "copies": names.copies}
+    made = tuple(tensor for name, tensor in implied.items() if name not in tensors and name not in new)
+    return {"tensors": tensors, "new_tensors": made, **stored}

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.probe.allocations import AllocationCounter
 from orchestrator.train.model.attention import BY_DOCUMENT, documents_apart
+from orchestrator.train.model.heads import attention_mask, document_places
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def _capture(
 
 def _run(model: Any, anatomy: ModelAnatomy, length: int) -> None:
     """Run a model on a row as `train.model.heads` does: every document of one token, so that they are kept apart."""
-    ids = torch.zeros(1, length, dtype=torch.long)
+    ids, lengths = torch.zeros(1, length, dtype=torch.long), torch.full((1,), length)
     if anatomy.kind == "decoder":
-        model.get_submodule(anatomy.backbone)(input_ids=ids, position_ids=ids, use_cache=False)
+        places = document_places(anatomy.ways, ids, lengths)
+        model.get_submodule(anatomy.backbone)(input_ids=ids, use_cache=False, **places)
+    elif anatomy.kind == "encoder":
+        model(input_ids=ids, attention_mask=attention_mask(length, lengths))
     else:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(input_ids=ids, attention_mask=attention_mask(length, lengths), decoder_input_ids=ids)

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
 
 from orchestrator.anatomy.costs import BlockCosts, Flops, Kept, PassFlops, Size
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.plan.memory.activations import attends_by_document, attention_of
 from orchestrator.probe.allocations import Stored, fake_parameters
 from orchestrator.probe.blocks import BlockCall, capture_calls
+from orchestrator.probe.classes import build
 from orchestrator.probe.traces import Event, Identity, Opened, Traced, sizes, trace_block, trace_forward
 
 LENGTH = 512
@@ -33,24 +37,35 @@ class CountError(Exception):
     """Raised if a class cannot be run on fake tensors, or not twice in the same way."""
 
 
-def count_costs(model: nn.Module, anatomy: ModelAnatomy) -> tuple[BlockCosts, ...]:
+def with_costs(anatomy: ModelAnatomy, folder: Path) -> ModelAnatomy:
+    """Return an anatomy that was learned from the class of a base with the costs of its blocks, or the reason why they are not
+    known."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return anatomy.model_copy(update={"block_costs": count_costs(build(config, anatomy.architecture), anatomy)})
+    except CountError as error:
+        return anatomy.model_copy(update={"costs_note": str(error)})
+
+
+def count_costs(model: Any, anatomy: ModelAnatomy) -> tuple[BlockCosts, ...]:
     """Return the costs of every kind of block, in the order of their numbers.
 
     Args:
-        model: The class on the meta device, in bfloat16; it is of no other use afterwards.
+        model: The class on the meta device; it is of no other use afterwards.
         anatomy: Its anatomy.
 
     Raises:
         CountError: The class computes something that depends on values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model.to(torch.bfloat16).train().requires_grad_(False)
     fake_parameters(model, mode)
-    model.train().requires_grad_(False)
     kinds = anatomy.block_kinds or (0,) * anatomy.num_blocks
     firsts = [kinds.index(kind) for kind in range(max(kinds) + 1)]
     linears = [_within_block(anatomy, first) for first in firsts]
-    ways = (False, True) if _separates(anatomy) else (False,)
+    ways = (False, True) if attends_by_document(anatomy, "cpu", one_document_per_row=False) else (False,)
     try:
+        model.set_attn_implementation(attention_of(anatomy, "cuda", one_document_per_row=False))
         calls = {
             by_document: [capture_calls(model, anatomy, mode, firsts, length, by_document=by_document) for length in LENGTHS]
             for by_document in ways
@@ -63,11 +78,6 @@ def count_costs(model: nn.Module, anatomy: ModelAnatomy) -> tuple[BlockCosts, ..
         raise
     except Exception as error:  # a class of another project may do anything with fake tensors
         raise CountError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _separates(anatomy: ModelAnatomy) -> bool:
-    """Return whether training may compute documents one by one."""
-    return anatomy.kind == "decoder" and anatomy.ways.attention == "by_document" and anatomy.attention == "fused"
 
 
 def _within_block(anatomy: ModelAnatomy, block: int) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.probe.assemble import assemble
 from orchestrator.probe.classes import CAUSAL, MASKED, Built, RefusedError, build, candidates, read_config
+from orchestrator.probe.costs import with_costs
 from orchestrator.probe.heads import head_names
 from orchestrator.probe.names import NameMap, map_names
 from orchestrator.probe.structure import find_structure
@@ -23,7 +24,7 @@ Stored = dict[str, TensorInfo]
 def answer(question: Question) -> Answer:
     """Return the anatomy that the class of a base shows, or why there is none."""
     try:
-        return Answer(anatomy=learn(question))
+        return Answer(anatomy=with_costs(learn(question), Path(question.folder)))
     except RefusedError as error:
         return Answer(refusal=error.refusal)
     except BaseError as error:

@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy
+from orchestrator.plan.memory.activations import attention_of
 from orchestrator.probe.allocations import AllocationCounter, fake_parameters
-from orchestrator.train import LoadedBase, Objective, open_branch
+from orchestrator.train import LoadedBase, open_branch
 from orchestrator.train.adapters.branch import Branch, PlainKeeper
 from orchestrator.train.engines.torch_engine import TorchEngine
 from orchestrator.train.model.experts import ADAPTED
-from orchestrator.train.model.objective import final_norm_of
+from orchestrator.train.model.objective import objective_of
 from orchestrator.train.model.recompute import recomputed
 from orchestrator.work.execution import BaseLoad
 
@@ -62,8 +65,7 @@ def train_and_score(branch: Branch, inputs: dict[str, torch.Tensor], *, checkpoi
         if checkpointing:
             blocks = list(branch.model.get_submodule(branch.base.anatomy.blocks_module).children())
             stack.enter_context(recomputed(blocks[branch.selection.cut :]))
-        norm = final_norm_of(branch.model, branch.base.anatomy)
-        objective = Objective(branch.model, branch.backbone(), branch.head(), branch.base.load.task, final_norm=norm)
+        objective = objective_of(branch.base, branch.head())
         # The branch's own list holds the parameters that there were before fake ones took their places.
         learning = [(name, parameter) for name, parameter in branch.model.named_parameters() if parameter.requires_grad]
         engine = TorchEngine(objective, learning, weight_decay=0.01, grad_clip=1.0)
@@ -86,10 +88,12 @@ class Forgetful(PlainKeeper):
 def bare_base(anatomy: ModelAnatomy, device: torch.device) -> LoadedBase:
     """The base as `load_base` makes it, with whatever numbers its construction gives."""
     config = AutoConfig.from_pretrained(anatomy.folder, local_files_only=True)
-    config._attn_implementation = "sdpa" if anatomy.attention == "fused" else "eager"
     config._experts_implementation = ADAPTED if anatomy.experts is not None else None
+    attention = attention_of(anatomy, "cuda", one_document_per_row=False)
+    kind: Any = getattr(transformers, anatomy.architecture) if anatomy.architecture else AutoModelForCausalLM
+    make = kind._from_config if anatomy.architecture else kind.from_config
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = make(config, dtype=torch.bfloat16, attn_implementation=attention)
     model.train()
     model.config.use_cache = False
     for parameter in model.parameters():

@@ -160,7 +160,7 @@ class LanguageModelHead:
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Run the blocks and return [B, L, H] before the final norm, or the class's own logits [B, L, V]."""
-        places = _places(parts.ways, position_ids, lengths)
+        places = document_places(parts.ways, position_ids, lengths)
         with documents_apart(parts.model.config, position_ids):
             if not parts.ways.projects:
                 return parts.model(**inputs, **places, use_cache=False).logits
@@ -268,7 +268,7 @@ def head_of(task: Task) -> Head:
     return HEADS[TASKS[task].head.kind]
 
 
-def _places(ways: Ways, position_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+def document_places(ways: Ways, position_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the arguments of a forward pass that say where documents are: positions that restart with each, or, of a class that
     does not heed them, the mask of rows that hold one document each."""
     if ways.packs:

@@ -161,7 +161,7 @@ def test_a_classifier_needs_no_output_projection(tmp_path: Path) -> None:
     assert anatomy.new_tensors == () == anatomy.extra
     assert "lm_head.weight" not in anatomy.tensors
     assert "score.weight" not in anatomy.tensors
-    assert refusal(tmp_path).what == "1 tensors missing: lm_head.weight"
+    assert refusal(tmp_path).what == "lm_head.weight is missing: the checkpoint holds a classifier"
 
 
 def test_an_encoder_is_its_classifier_and_its_old_names_are_read(tmp_path: Path) -> None:
