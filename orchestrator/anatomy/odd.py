@@ -34,7 +34,9 @@ def settle(anatomy: ModelAnatomy, stored: Mapping[str, TensorInfo], *, head_is_n
     """
     folder = Path(anatomy.folder)
     different = [copy for copy in anatomy.copies if not same_values(folder, copy, _stored(anatomy.tensors[copy.name]))]
-    heads = [copy for copy in different if copy.name == anatomy.embeddings[0] and copy.shape[0] == anatomy.vocab_size]
+    # Of an encoder-decoder, other copies of the embedding may be stored too.
+    inputs = {name for group in anatomy.tied_names for name in group}
+    heads = [copy for copy in different if copy.name == anatomy.embeddings[0] and copy.stored_name not in inputs]
     others = [copy for copy in different if copy not in heads]
     if others or len(heads) > 1:
         copy = (others or heads)[0]

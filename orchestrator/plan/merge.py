@@ -85,7 +85,8 @@ def make_merge_plan(
         new.append(_untied_head(anatomy, artifact))
     dropped = {tensor.name for tensor in new}
     if base_load.traits.head.is_new and anatomy.kind == "decoder":
-        dropped |= {anatomy.head_weight, *(part.name for part in _parts(anatomy, anatomy.head_weight))}
+        heads = {part.name for part in _parts(anatomy, anatomy.head_weight)}
+        dropped |= {anatomy.head_weight, *heads, *(copy.stored_name for copy in anatomy.copies)}
     tensors = merge.stored_tensors(dropped, with_extra=extra_tensors == "keep")
     return MergePlan(
         base_folder=anatomy.folder,

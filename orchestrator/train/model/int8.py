@@ -56,19 +56,25 @@ def use_weights_only(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _forward(layer: Linear8bitLt, inputs: torch.Tensor) -> torch.Tensor:
-    weight: Any = layer.weight
-    product: torch.Tensor = _Product.apply(inputs, weight.data, weight.quant_state)
+    product: torch.Tensor = _Product.apply(inputs, layer)
     return product if layer.bias is None else product + layer.bias
 
 
 class _Product(torch.autograd.Function):
-    """inputs[..., in] @ weight[out, in].T; the weight is dequantized again in the backward pass instead of kept."""
+    """inputs[..., in] @ weight[out, in].T. The weight is dequantized again in the backward pass instead of kept, and its codes
+    are found through the layer: an engine that partitions them frees them in between."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, codes: torch.Tensor, scales: RowScales) -> torch.Tensor:
-        ctx.codes, ctx.scales = codes, scales
-        return functional.linear(inputs, scales.dequantize(codes))
+    def forward(ctx: Any, inputs: torch.Tensor, layer: Linear8bitLt) -> torch.Tensor:
+        ctx.layer = layer
+        return functional.linear(inputs, _weight(layer))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0] @ ctx.scales.dequantize(ctx.codes), None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ _weight(ctx.layer), None
+
+
+def _weight(layer: Linear8bitLt) -> torch.Tensor:
+    weight: Any = layer.weight
+    scales: RowScales = weight.quant_state
+    return scales.dequantize(weight.data)
