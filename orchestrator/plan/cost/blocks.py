@@ -74,16 +74,20 @@ def _sum(flops: Iterable[Flops], attended_tokens: float) -> BlockFlops:
 
 
 def _counted(anatomy: ModelAnatomy, selection: LayerSelection, block: int, attended_tokens: float) -> PassFlops:
-    """Return what the gradients of activations in a block take, as if all of its linear layers were adapted where some are."""
+    """Return what the gradients of activations in a block take, as if all of its linear layers were adapted where some are.
+
+    The forward pass is repeated as far as what is saved last, which is behind the last linear layer if that is adapted.
+    """
     costs, names = anatomy.costs_of(block), set(anatomy.blocks[block])
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
     passing = selection.pending or receives_gradient(anatomy, selection, block)
     found = [costs.passing] if passing else []
     found += [costs.trained] if not names.isdisjoint(selection.trainable) else []
     found += [costs.adapted] if not names.isdisjoint(selection.adapted) else []
+    whole = [costs.passing] if costs.adapted in found and anatomy.linears[block][-1] not in selection.adapted else found
     return PassFlops(
         backward=max((each.backward for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
-        again=max((each.again for each in found), key=lambda flops: flops.at(attended_tokens), default=Flops()),
+        again=max((each.again for each in whole), key=lambda flops: flops.at(attended_tokens), default=Flops()),
     )
 
 

@@ -187,7 +187,7 @@ class LanguageModelHead:
             losses, predictions = token_losses(states, tokens)
             return DocumentLosses(losses, owners, predictions, tokens)
         scored = [
-            token_losses(parts.logit_map(parts.head(part)), part_tokens) for part, part_tokens in _chunks(parts, states, tokens)
+            token_losses(parts.head(part), part_tokens, parts.logit_map) for part, part_tokens in _chunks(parts, states, tokens)
         ]
         return DocumentLosses(torch.cat([s[0] for s in scored]), owners, torch.cat([s[1] for s in scored]), tokens)
 

@@ -86,11 +86,17 @@ class _Chunks(NamedTuple):
     logit_map: LogitMap
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of logits[S, V]; for scoring, without gradients."""
-    rows = _piece_rows(logits)
+def token_losses(
+    projected: torch.Tensor, targets: torch.Tensor, logit_map: LogitMap = AS_PROJECTED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (float32[S] cross entropies in nats, int64[S] likeliest entries) of projected[S, V]; for scoring, without gradients.
+
+    What follows the projection is computed a piece at a time: there is never a second tensor of its size.
+    """
+    rows = _piece_rows(projected)
     losses, predictions = [], []
-    for piece, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+    for part, wanted in zip(projected.split(rows), targets.split(rows), strict=True):
+        piece = logit_map(part)
         log_probabilities = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
         losses.append(-log_probabilities.gather(1, wanted[:, None])[:, 0])
         predictions.append(piece.argmax(-1))
