@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from orchestrator.anatomy import LayerSelection
-from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.errors import BaseError, OrchestratorError, TrainingError
 from orchestrator.plan import evaluate_base
 from orchestrator.plan.values import SweepPlan
 from orchestrator.run.hours import Allowance, HoursState, Meter, is_spent
@@ -31,6 +31,7 @@ from orchestrator.runtime.assignments import (
     held_back_answer,
     rung_assignment,
 )
+from orchestrator.runtime.failures import cause_of
 from orchestrator.runtime.first_steps import FirstSteps
 from orchestrator.runtime.gang import Gang, why_no_start
 from orchestrator.runtime.supervisor import Supervisor
@@ -300,8 +301,14 @@ class Exchange:
         """Fail all waiting calls if no gang is left that could serve them."""
         if any(not task.done() for task in self._serving if task is not asyncio.current_task()):
             return
-        self._broken = TrainingError(
-            f"no gang could be started: {why_no_start(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
+        own = cause_of(error)
+        # A base that cannot be loaded, or fails its self-test, is the user's to replace: no other gang would do better.
+        self._broken = (
+            own
+            if isinstance(own, BaseError)
+            else TrainingError(
+                f"no gang could be started: {why_no_start(error)}", remedy="see the gang_failed_to_start lines in events.jsonl"
+            )
         )
         for work in self._queue.clear():
             work.fail(self._broken)

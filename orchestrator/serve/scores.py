@@ -154,7 +154,8 @@ class _Scorer:
                 self._retain[name] = retained.loss
                 self._retain_accuracy[name] = answer_accuracy(retained, self._retained)
             if generate and len(self._generated):
-                self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=PROMPTS_AT_ONCE)
+                rows = PROMPTS_AT_ONCE if self._inputs.anatomy.ways.pads else 1
+                self._answers[name] = generate_answers(model, self._tokenizer, self._generated, self._ranks, rows=rows)
 
     def _evaluate(self, objective: Objective, data: TokenizedSet) -> Evaluation:
         longest = int(data.lengths.max())

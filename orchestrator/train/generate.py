@@ -12,6 +12,7 @@ from orchestrator.data import TokenizedSet, padding
 from orchestrator.train import heartbeat
 from orchestrator.train.ranks import Ranks
 
+PROMPTS_AT_ONCE = 16
 SPARE_TOKENS = 8
 """An answer may be so much longer than the longest wanted one."""
 
@@ -45,7 +46,7 @@ def _said(ids: np.ndarray, tokenizer: Any, stops: Sequence[int]) -> str:
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, data: TokenizedSet, ranks: Ranks, *, rows: int = 16, synced: bool = False
+    model: Any, tokenizer: Any, data: TokenizedSet, ranks: Ranks, *, rows: int = PROMPTS_AT_ONCE, synced: bool = False
 ) -> list[str]:
     """Generate each document's greedy continuation of its prompt, in document order, on every rank.
 

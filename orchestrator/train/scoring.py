@@ -11,7 +11,7 @@ from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.evaluation import Evaluation, answer_accuracy, class_prior, evaluate_trials, score_texts
-from orchestrator.train.generate import generate_answers, wanted_answers
+from orchestrator.train.generate import PROMPTS_AT_ONCE, generate_answers, wanted_answers
 from orchestrator.train.model.objective import Objective
 from orchestrator.work.assignment import EvaluateBase, TrainRung
 from orchestrator.work.execution import ExecutionPlan
@@ -100,7 +100,12 @@ class Scorer:
             counting = objective.model.register_forward_pre_hook(heartbeat.beat_before)
             try:
                 made = generate_answers(
-                    objective.model, tokenizer, data, self.context.ranks, synced=is_partitioned(self.execution)
+                    objective.model,
+                    tokenizer,
+                    data,
+                    self.context.ranks,
+                    rows=PROMPTS_AT_ONCE if self.context.base.anatomy.ways.pads else 1,
+                    synced=is_partitioned(self.execution),
                 )
             finally:
                 counting.remove()

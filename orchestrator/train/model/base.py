@@ -195,8 +195,17 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Return the modules that keep 16 bits: everything outside the blocks that has a weight, and routers."""
+    """Return the modules that keep 16 bits: everything outside the blocks with a weight, routers, and layers whose class reads
+    the weight itself."""
+    linears = {name for block in anatomy.linears for name in block}
+    modules = tuple(name.rpartition(".")[0] for name in linears)
     outside = [name for block in anatomy.routers for name in block]
+    outside += [
+        name
+        for name in {name for block in anatomy.blocks for name in block} - linears
+        # transformers matches names by their beginnings: `mlp.gate` must not keep `mlp.gate_proj` from being quantized.
+        if len(anatomy.tensors[name].shape) == 2 and not any(each.startswith(name.rpartition(".")[0]) for each in modules)
+    ]
     outside += [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
