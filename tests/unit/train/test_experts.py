@@ -237,8 +237,14 @@ def test_text_is_generated_from_a_base_with_a_load_balancing_loss(folder_of: Any
     """Without the context, the loss of transformers fails in cached decoding."""
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
     base.model.eval()
-    mask = torch.ones_like(IDS)
-    options = {"input_ids": IDS, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "use_cache": True}
+    ids = IDS.repeat(2, 1)
+    options = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "use_cache": True,
+    }
     with without_router_logits(base.model):
         assert base.model.generate(**options).shape[1] == IDS.shape[1] + 3
     assert base.model.config.output_router_logits
