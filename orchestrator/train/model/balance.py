@@ -56,8 +56,10 @@ class BalanceLoss:
 
 @contextmanager
 def without_router_logits(model: Any) -> Iterator[None]:
-    """Keep the class from computing the loss inside this context: with several rows it fails in cached decoding, where the attention
-    mask is longer than the new tokens."""
+    """Keep the class from computing the loss inside this context.
+
+    With padded rows it fails in cached decoding, where the attention mask is longer than the new tokens.
+    """
     configs = [model.config, model.config.get_text_config()]
     asked = [config for config in configs if getattr(config, ROUTER_LOGITS, False)]
     for config in asked:

@@ -238,13 +238,10 @@ def test_text_is_generated_from_a_base_with_a_load_balancing_loss(folder_of: Any
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
     base.model.eval()
     ids = IDS.repeat(2, 1)
-    options = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": 3,
-        "do_sample": False,
-        "use_cache": True,
-    }
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[3], [0]])).long()
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "use_cache": True}
+    with pytest.raises(RuntimeError, match="must match the size"):
+        base.model.generate(**options)
     with without_router_logits(base.model):
-        assert base.model.generate(**options).shape[1] == IDS.shape[1] + 3
+        assert base.model.generate(**options).shape[1] == ids.shape[1] + 3
     assert base.model.config.output_router_logits
