@@ -236,12 +236,12 @@ def test_adapters_keep_what_is_planned(folder_of: Any, base_of: Any) -> None:
 def test_text_is_generated_from_a_base_with_a_load_balancing_loss(folder_of: Any, base_of: Any) -> None:
     """Without the context, the loss of transformers fails in cached decoding."""
     base: LoadedBase = base_of(folder_of("qwen2_moe"))
-    base.model.eval()
+    model: Any = base.model.eval()
     ids = IDS.repeat(2, 1)
     mask = (torch.arange(ids.shape[1]) >= torch.tensor([[3], [0]])).long()
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "use_cache": True}
     with pytest.raises(RuntimeError, match="must match the size"):
-        base.model.generate(**options)
+        model.generate(**options)
     with without_router_logits(base.model):
-        assert base.model.generate(**options).shape[1] == ids.shape[1] + 3
+        assert model.generate(**options).shape[1] == ids.shape[1] + 3
     assert base.model.config.output_router_logits
