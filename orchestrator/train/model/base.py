@@ -168,18 +168,24 @@ def _from_folder(
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
     use_weights_only(model, dtype)
-    _round_decoded(model, anatomy)
+    _settle_decoded(model, anatomy, dtype)
     if load.traits.head.is_new:
         reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
     return model
 
 
-def _round_decoded(model: PreTrainedModel, anatomy: ModelAnatomy) -> None:
-    """Round weights that were decoded to float32 as the bundle stores them, so that both compute the same."""
-    for name, info in anatomy.tensors.items():
-        if any(part.encoding is not None for part in info.stored_parts):
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+def _settle_decoded(model: PreTrainedModel, anatomy: ModelAnatomy, dtype: torch.dtype) -> None:
+    """Give the parameters of a decoded base the dtype that was asked for: transformers keeps the stored one for those that
+    were not quantized. The others are rounded as the bundle stores them, so that both compute the same."""
+    if not anatomy.encoding:
+        return
+    kept: set[str] = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
+    for name, parameter in model.named_parameters():
+        parts = anatomy.tensors[name].stored_parts if name in anatomy.tensors else ()
+        if any(part.encoding is not None for part in parts):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
