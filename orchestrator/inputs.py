@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.anatomy import read_anatomy, resolve_base
+from orchestrator.bases import locate_base, record_base
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading.measure import measure_data
 from orchestrator.data.splitting.labels import label_notices, refuse_quantities
@@ -42,12 +42,13 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
         )
     alone = spec.search is None and spec.finetune is not None
     chosen = cast("Job", job or ("finetune" if alone else "sweep"))
-    loaded = with_section(loaded, chosen)
-    spec = loaded.spec
-    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=False, task=spec.task)
+    base = locate_base(spec.base, loaded.folder)
+    loaded = with_section(loaded, chosen, lambda: base.anatomy(spec.task))
+    spec, anatomy = loaded.spec, base.anatomy(loaded.spec.task)
     size, labels = measure_data(loaded)
     cluster, sha256 = cluster_of(cluster_file, address), spec_sha256(spec, chosen)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))
+    plan = record_base(plan, base)
     if labels is None:
         return plan
     refuse_quantities(labels, loaded.where("data.columns.label"))
@@ -100,7 +101,7 @@ def inspect_data(loaded: LoadedSpec) -> Inspection:
         BaseError: the base has no tokenizer.
         DataError: the data cannot be used.
     """
-    base = resolve_base(loaded.spec.base.model, loaded.folder)
+    base = locate_base(loaded.spec.base, loaded.folder).for_data()
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         return Inspection(prepare_data(loaded, base, Path(folder)))
 

@@ -19,6 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.hub.errors import endpoint, hub_cache, token_source
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.store import find_gpus, num_usable_cpus, thread_limit, unreachable
 from orchestrator.units import GIB, format_bytes
@@ -199,4 +200,6 @@ def _ray(address: str | None) -> Finding:
 
 def _hub() -> Finding:
     offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "0") not in ("", "0")]
-    return Finding("hub", "ok", f"offline by {', '.join(offline)}" if offline else "runs read local folders only")
+    if offline:
+        return Finding("hub", "ok", f"offline by {', '.join(offline)}: hub ids and `hub:` data come from {hub_cache()}")
+    return Finding("hub", "ok", f"{endpoint()}, {token_source() or 'no token'}; cache {hub_cache()}")

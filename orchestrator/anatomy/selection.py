@@ -17,6 +17,8 @@ from orchestrator.spec.policy import Policy, parse_policy
 from orchestrator.spec.tasks import TASKS
 
 GROUPS: tuple[ModuleGroup, ...] = get_args(ModuleGroup)
+NEW_ROWS = "new_rows"
+"""Attribute of the embeddings and the output projection, in a branch that trains the rows of new tokens alone."""
 ROUNDING = 1e-9
 """Tolerance for shares of the blocks: 0.1 x 30 is slightly more than 3 in binary floating point."""
 
@@ -35,11 +37,18 @@ def select(
     """Sort every parameter into trainable, adapted and frozen, and find the cut.
 
     `full` trains all parameters of the blocks (norms, biases, experts too) except their routers, `lora` adapts their linear
-    layers, and their routed experts if its modules include these. `+router` trains the routers, whole under `lora` too.
-    Embeddings and the final norm stay frozen. `+head` (or `head`) adds the output projection, for `full` with its bias; a tied
-    one is untied first. `classify` has no output projection: it trains its
-    own new classifier under every policy but `none`, together with the other tensors that the checkpoint does not have
-    (`ModelAnatomy.new_tensors`); there `head` is only that classifier, which `full` trains whatever `tune` says.
+    layers, and their routed experts if its modules include these. Embeddings and the final norm stay frozen, unless the policy
+    adds them:
+
+    - `+head` (or `head`): the output projection, for `full` with its bias; a tied one is untied first.
+    - `+router`: the routers of the blocks, whole under `lora` too.
+    - `+embeddings`: the input embeddings, and with them a tied output projection.
+    - `+new_tokens`: the rows of the tokens that `base.add_tokens` names, in the embeddings and in the output projection.
+    - `+norms`: the final norm, and with `lora` the norms of the blocks.
+
+    What learns in the embeddings puts the cut at 0. `classify` has no output projection: it trains its own new classifier under
+    every policy but `none`, together with the other tensors that the checkpoint does not have (`ModelAnatomy.new_tensors`);
+    there `head` is only that classifier, which `full` trains whatever `tune` says.
 
     `top:F` selects the best-scored blocks, `num_of_share` of them. Without scores the selection is `pending`; a share of 1 is
     every block and needs none.
@@ -55,7 +64,7 @@ def select(
     parsed = parse_policy(policy)
     head_is_new = TASKS[task].head.is_new
     if head_is_new:
-        parsed = replace(parsed, with_head=False)
+        parsed = parsed.without("head")
         if num_classes < 2 and parsed.kind != "none":
             raise SelectionError(f"{num_classes} classes", expected="at least two", remedy="check the label column")
     if anatomy.kind == "encoder" and not TASKS[task].head.encoders:
@@ -68,18 +77,22 @@ def select(
     blocks = _largest(parsed, anatomy) if pending else _blocks(parsed, anatomy, policy, scores)
     wants_head = parsed.with_head or parsed.kind == "head"
     head = [anatomy.head_weight] if wants_head and not head_is_new else []
-    if parsed.with_router and not any(anatomy.routers):
-        raise SelectionError(
-            f"{policy!r} asks for routers, and {anatomy.model_type!r} has none",
-            where=anatomy.folder,
-            expected="a mixture of experts",
-            remedy=f"write {replace(parsed, with_router=False)}",
-        )
+    _check_router(anatomy, parsed)
     if tune == "lora" and (blocks or head):
         selection = _adapted(anatomy, parsed, blocks, head, lora_rank, adapter, task, num_classes)
     else:
         selection = _full(anatomy, parsed, blocks, head, task, num_classes)
     return selection.model_copy(update={"pending": True, "cut": 0}) if pending else selection
+
+
+def _check_router(anatomy: ModelAnatomy, parsed: Policy) -> None:
+    if parsed.with_router and not any(anatomy.routers):
+        raise SelectionError(
+            f"'{parsed}' asks for routers, and {anatomy.model_type!r} has none",
+            where=anatomy.folder,
+            expected="a mixture of experts",
+            remedy=f"write {parsed.without('router')}",
+        )
 
 
 def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0) -> LayerSelection:
@@ -244,6 +257,52 @@ def _stored_names(anatomy: ModelAnatomy, task: Task) -> Iterable[str]:
     return (name for name in anatomy.tensors if name not in head)
 
 
+def is_norm(anatomy: ModelAnatomy, name: str) -> bool:
+    """Return whether a parameter of a block belongs to a norm: a vector of a module that is named as one."""
+    module = name.split(".")[-2].lower()
+    return len(anatomy.tensors[name].shape) == 1 and ("norm" in module or module.startswith("ln_"))
+
+
+def _besides(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], tune: Tune, task: Task) -> dict[str, int]:
+    """Return what is trained besides the blocks' matrices and the head: parameter name -> number of elements."""
+    names: list[str] = []
+    if "embeddings" in parsed.extras:
+        names += anatomy.embeddings
+    if parsed.with_router and tune == "lora":
+        names += [name for block in blocks for name in anatomy.routers[block]]
+    if "norms" in parsed.extras:
+        names += [name for block in blocks for name in anatomy.blocks[block] if tune == "lora" and is_norm(anatomy, name)]
+        names += anatomy.final_norm
+    found = {name: anatomy.tensors[name].num_elements for name in names}
+    if "new_tokens" in parsed.extras:
+        found |= dict.fromkeys(_new_row_names(anatomy, parsed, tune, task), len(anatomy.new_rows) * anatomy.hidden_size)
+    return found
+
+
+def _new_row_names(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task) -> tuple[str, ...]:
+    """Return the parameters that `+new_tokens` trains, [new tokens, hidden]: rows of the embeddings and, unless it is tied to
+    them or trained whole, of the output projection."""
+    if not anatomy.new_rows:
+        raise SelectionError(
+            "`+new_tokens` trains the rows of new tokens, and the spec names none",
+            expected="base.add_tokens: a list of tokens",
+            remedy="list them in base.add_tokens, or write +embeddings to train all rows",
+        )
+    wants_head = parsed.with_head or parsed.kind == "head"
+    if wants_head and tune == "lora" and not TASKS[task].head.is_new:
+        raise SelectionError(
+            f"{parsed}: with LoRA the output projection gets an adapter or rows of new tokens, not both",
+            expected="a policy without head, or tune: full",
+            remedy="remove +head",
+        )
+    embedding, head = (name.removesuffix("weight") + NEW_ROWS for name in (anatomy.embeddings[0], anatomy.head_weight))
+    return (embedding,) if wants_head or anatomy.tied or TASKS[task].head.is_new else (embedding, head)
+
+
+def _trains_embeddings(parsed: Policy) -> bool:
+    return not {"embeddings", "new_tokens"}.isdisjoint(parsed.extras)
+
+
 def _full(
     anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], head: list[str], task: Task, num_classes: int
 ) -> LayerSelection:
@@ -253,6 +312,9 @@ def _full(
     elements = sum(
         anatomy.tensors[name].num_elements if name in anatomy.tensors else _head_elements(anatomy) for name in learning
     )
+    besides = _besides(anatomy, parsed, blocks, "full", task)
+    learning += besides
+    elements += sum(besides.values())
     new = _new_names(anatomy, task, parsed)
     taken = set(learning)
     return LayerSelection(
@@ -262,7 +324,8 @@ def _full(
         trainable=tuple(learning + new),
         adapted=(),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
         new_classifier=bool(new),
@@ -296,22 +359,23 @@ def _adapted(
         )
     shapes = [anatomy.matrix_shape(name) for name in (*adapted, *head)]
     elements = sum(ADAPTER_KINDS[adapter.kind].num_elements(shape, lora_rank) for shape in shapes)
-    new = _new_names(anatomy, task, parsed)
-    routers = [name for block in blocks for name in anatomy.routers[block]] if parsed.with_router else []
-    elements += sum(anatomy.tensors[name].num_elements for name in routers)
-    taken = {*adapted, *head, *routers}
+    besides = _besides(anatomy, parsed, blocks, "lora", task)
+    elements += sum(besides.values())
+    new = [*besides, *_new_names(anatomy, task, parsed)]
+    taken = {*adapted, *head, *besides}
     return LayerSelection(
         policy=str(parsed),
         tune="lora",
         lora_rank=lora_rank,
         adapter=adapter,
-        trainable=tuple(routers + new),
+        trainable=tuple(new),
         adapted=tuple(adapted + head),
         frozen=tuple(name for name in _stored_names(anatomy, task) if name not in taken),
-        cut=min(blocks, default=anatomy.num_blocks),
+        cut=0 if _trains_embeddings(parsed) else min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=_trains_embeddings(parsed),
         blocks=tuple(blocks),
         unties_head=bool(head) and anatomy.tied,
-        new_classifier=bool(new),
+        new_classifier=len(new) > len(besides),
         num_trainable_parameters=elements + _new_elements(anatomy, task, parsed, num_classes),
     )
 

@@ -235,6 +235,8 @@ class ModelAnatomy(Value):
     projection that is stored besides the embedding)."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint, one sentence each."""
+    new_rows: tuple[int, ...] = ()
+    """Ids of the tokens that `base.add_tokens` names: the rows that `+new_tokens` trains."""
     new_tensors: tuple[TensorInfo, ...] = ()
     """Tensors, except the classifier, that `classify` needs and the checkpoint omits (an encoder's pooler): initialised and
     trained with it."""
@@ -295,6 +297,8 @@ class LayerSelection(Value):
     pending: bool = False
     """True for a policy by score whose blocks are not known yet. Equally many of the largest blocks replace them, with the cut
     at 0, so that no choice needs more memory. It is used for planning and never trained."""
+    trains_embeddings: bool = False
+    """True if anything below the first block is trained, so that gradients pass through every block."""
     unties_head: bool = False
     """True if the tied output projection is copied before training."""
     new_classifier: bool = False

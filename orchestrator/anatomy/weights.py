@@ -27,15 +27,32 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 AGAIN = "download or copy the file again and compare its checksum"
 
 
+def header_file(path: Path) -> Path:
+    """Return the place of a file's header alone, where the file itself was not fetched: enough to plan.
+
+    It holds the size of the file in eight bytes, little-endian, and then the file's beginning up to the end of its header.
+    """
+    return path.with_name(f"{path.name}.header")
+
+
+def is_known(path: Path) -> bool:
+    """Return whether the file is there, or its header alone."""
+    return path.is_file() or header_file(path).is_file()
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one file by stored name, after checking that the file is as long as its header says.
+
+    Where the file is missing and `header_file` is there, that is read instead.
 
     Raises:
         BaseError: the file is missing, truncated, too long, not a safetensors file, or a Git LFS pointer.
     """
+    alone = not path.exists() and header_file(path).exists()
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with (header_file(path) if alone else path).open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0] if alone else path.stat().st_size
+            begin = file.tell()
             prefix = file.read(8)
             if (prefix + file.read(len(LFS_POINTER) - 8)).startswith(LFS_POINTER):
                 raise BaseError(
@@ -47,7 +64,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise BaseError(f"truncated: {size} bytes", where=str(path), expected="at least a header", remedy=AGAIN)
             length = struct.unpack("<Q", prefix)[0]
             _check_length(path, length, size)
-            file.seek(8)
+            file.seek(begin + 8)
             text = file.read(length)
     except FileNotFoundError:
         raise BaseError("the file is missing", where=str(path), remedy=AGAIN) from None
@@ -131,7 +148,7 @@ def read_weights(folder: Path) -> dict[str, TensorInfo] | None:
     Raises:
         BaseError: pickles, a broken or missing index, a missing or damaged file.
     """
-    if (folder / SINGLE).is_file():
+    if is_known(folder / SINGLE):
         return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_shards(folder)
@@ -165,7 +182,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     outside = [file for file in files if Path(file).name != file]
     if outside:
         raise BaseError(f"a shard outside the folder: {outside[0]}", where=str(index), remedy="copy the index again")
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in files if not is_known(folder / file)]
     if missing:
         raise BaseError(
             f"{len(missing)} of {len(files)} shards missing: {', '.join(missing[:3])}",
@@ -180,9 +197,14 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
 
 
 def same_values(folder: Path, first: TensorInfo, second: TensorInfo) -> bool:
-    """Return whether two stored tensors are equal, byte by byte; neither is held in memory."""
+    """Return whether two stored tensors are equal, byte by byte; neither is held in memory.
+
+    True if shapes and types are equal and there are only the headers of the files: the run itself compares again.
+    """
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
+    if not ((folder / first.file).is_file() and (folder / second.file).is_file()):
+        return True
     with (folder / first.file).open("rb") as one, (folder / second.file).open("rb") as other:
         left = _seek(one, first.stored_name or first.name)
         _seek(other, second.stored_name or second.name)

@@ -81,40 +81,33 @@ def draft_spec(data: str | None, base: str, task: str, output: Path) -> Draft:
         DataError: no file, no row that can be read, or no columns for a task.
         BaseError: the base cannot be read.
     """
-    from orchestrator.anatomy import read_anatomy, resolve_base
+    from orchestrator.bases import locate_base
     from orchestrator.data.reading.guess import guess_use
     from orchestrator.samples import SAMPLE_DATA
-    from orchestrator.spec.models import Task
+    from orchestrator.spec.hub_ids import HUB
+    from orchestrator.spec.models import BaseSpec, Task
     from orchestrator.spec.unsupported import is_url
 
     if task and task not in get_args(Task):
         raise UsageError(f"--task is {task!r}", expected=", ".join(get_args(Task)), remedy="leave it out to detect the task")
     source = data if data is not None else str(SAMPLE_DATA / "train.jsonl")
-    if is_url(source):
+    if is_url(source) or source.startswith(HUB):
         raise DataError("not supported yet: data on a hub or an object store", where=source, remedy="copy it to a local file")
     path = output.absolute()
     splits = _splits_of(Path(source)) if data is not None else _sample_splits()
     look = guess_use(splits["train"], next((known for known in get_args(Task) if known == task), None))
-    _require_local(base)
-    folder = resolve_base(base, Path.cwd())
-    anatomy = read_anatomy(folder, need_weights=False)
+    located = locate_base(BaseSpec(model=base), Path.cwd())
+    anatomy, folder = located.anatomy(), located.for_data()
     tokens, lengths = _max_tokens(look, folder, anatomy.max_positions)
     notes = tuple(_notes(look, folder))
     facts = {
         "name": _name(source if data is not None else "first-run", path.parent),
-        "base": base if base == "sample" else _relative(base, path.parent),
+        "base": base if base == "sample" or located.hub else _relative(base, path.parent),
         **{name: _relative(split, path.parent) for name, split in splits.items()},
         "max_tokens": tokens,
         "layers": _layers(anatomy),
     }
     return Draft(path, _spec_text(facts, look, source), look, source, lengths, notes)
-
-
-def _require_local(base: str) -> None:
-    if base != "sample" and not Path(base).expanduser().is_dir():
-        raise UsageError(
-            f"--base {base}: no such folder", expected="a folder with config.json, or sample", remedy="download the base first"
-        )
 
 
 def _splits_of(source: Path) -> dict[str, str]:

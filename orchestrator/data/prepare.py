@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
 from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
@@ -26,6 +27,7 @@ from orchestrator.data.sets import TokenizedSet, build_set
 from orchestrator.data.splitting.labels import check_labels, note_missing_classes, sort_classes
 from orchestrator.data.splitting.splits import make_splits
 from orchestrator.data.summary import DataSummary, LeftOut, SplitSummary, listed
+from orchestrator.data.vocabulary import compare_with_rows
 from orchestrator.errors import DataError, IntegrityError, RunConflictError
 from orchestrator.plan.data_size import tokens_per_step
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
@@ -55,7 +57,13 @@ TOKENIZER_FILES = (
 
 
 def prepare_data(
-    loaded: LoadedSpec, tokenizer_folder: Path, out_folder: Path, *, keep_sets: bool = False, planned_sha256: str = ""
+    loaded: LoadedSpec,
+    tokenizer_folder: Path,
+    out_folder: Path,
+    *,
+    anatomy: ModelAnatomy | None = None,
+    keep_sets: bool = False,
+    planned_sha256: str = "",
 ) -> DataSummary:
     """Read, check, split, tokenize; write train, eval, test, retain and replay .npz and summary.json.
 
@@ -64,12 +72,13 @@ def prepare_data(
     Args:
         tokenizer_folder: The base's folder.
         out_folder: Created if it does not exist; summary.json is written last.
+        anatomy: The base's, to compare its vocabulary with the tokens of the data.
         keep_sets: Do not replace existing sets by different ones, because trials were trained on them.
         planned_sha256: `DataSize.sets_sha256` of those sets, if a plan has it.
 
     Raises:
         DataError: a file is missing, rows cannot be used (all of them are named), a split or a row has nothing to
-            train on.
+            train on, a token has no row in the base's embeddings.
         RunConflictError: the sets would differ, and `keep_sets`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
 
@@ -93,12 +102,24 @@ def prepare_data(
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
     one_example = _show(documents["train"][0], tokenizer)
+    if anatomy is not None:
+        compare_with_rows(documents, tokenizer, anatomy, spec, left_out)
     del found, parts, documents  # by far the most memory, and the sets are to be written yet
     if spec.traits.has_answers:
         stops = end_tokens(sets["train"], ControlTokens(tokenizer), ends)
         sets = {name: replace(part, stop_ids=stops) for name, part in sets.items()}
         note_end_tokens(sets["train"], tokenizer, spec.task, left_out)
-    summary = DataSummary(
+    files = tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files)
+    summary = _summary(inputs, sets, classes, left_out).model_copy(update={"files": files, "one_example": one_example})
+    if keep_sets and _same_sets(out_folder, summary, planned_sha256):
+        write_json(out_folder / "summary.json", summary)
+    else:
+        _write(out_folder, sets, summary)
+    return summary
+
+
+def _summary(inputs: str, sets: Mapping[str, TokenizedSet], classes: tuple[str, ...], left_out: LeftOut) -> DataSummary:
+    return DataSummary(
         inputs_sha256=inputs,
         splits={name: _summarise(part) for name, part in sets.items()},
         dropped=left_out.summary(),
@@ -106,14 +127,9 @@ def prepare_data(
         classes=classes,
         stop_token_ids=sets["train"].stop_ids,
         class_counts=tuple(np.bincount(sets["train"].labels, minlength=len(classes)).tolist()) if classes else (),
-        files=tuple(left_out.relative(str(path)) for entries in sources.values() for entry in entries for path in entry.files),
-        one_example=one_example,
+        files=(),
+        one_example="",
     )
-    if keep_sets and _same_sets(out_folder, summary, planned_sha256):
-        write_json(out_folder / "summary.json", summary)
-    else:
-        _write(out_folder, sets, summary)
-    return summary
 
 
 def _num_rows(documents: Iterable[Document]) -> int:

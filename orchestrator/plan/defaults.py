@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.spec import LoadedSpec, require_section
 from orchestrator.spec.models import FinetuneSpec, RateRanges, SearchSpec
@@ -18,8 +18,11 @@ RATE_SPAN = (1 / 6, 3.0)
 """Ends of the default range, relative to the usual rate: high rates diverge sooner than low ones stop making progress."""
 
 
-def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> LoadedSpec:
+def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"], read_base: Callable[[], ModelAnatomy]) -> LoadedSpec:
     """Return the spec with the section that its job needs: unchanged, or with the default section and a note that says so.
+
+    Args:
+        read_base: Returns the anatomy of the base; called only where the default is derived from it.
 
     Raises:
         SpecError: the spec has only the other job's section.
@@ -27,8 +30,8 @@ def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> Loade
     """
     if loaded.spec.search is not None or loaded.spec.finetune is not None:
         require_section(loaded, job)
-        return _with_fitting_layers(loaded) if job == "sweep" else loaded
-    anatomy = _anatomy(loaded)
+        return _with_fitting_layers(loaded, read_base) if job == "sweep" else loaded
+    anatomy = read_base()
     if job == "sweep":
         search = default_search(anatomy)
         low, high = search.learning_rate.lora
@@ -45,23 +48,18 @@ def with_section(loaded: LoadedSpec, job: Literal["sweep", "finetune"]) -> Loade
     return replace(loaded, spec=spec, defaulted=f"the spec has no `{name}` section; {what}")
 
 
-def _with_fitting_layers(loaded: LoadedSpec) -> LoadedSpec:
+def _with_fitting_layers(loaded: LoadedSpec, read_base: Callable[[], ModelAnatomy]) -> LoadedSpec:
     """Replace the default layers by fitting ones if the search names none and the base has too few blocks for them."""
     search = loaded.spec.search
     if search is None or search.algorithm == "fixed" or "layers" in search.model_fields_set:
         return loaded
-    anatomy = _anatomy(loaded)
+    anatomy = read_base()
     if anatomy.num_blocks >= USUAL_BLOCKS:
         return loaded
     layers = default_search(anatomy).layers
     spec = loaded.spec.model_copy(update={"search": search.model_copy(update={"layers": layers})})
     sentence = f"`search` names no layers; the base has {anatomy.num_blocks} of them: {', '.join(layers)}"
     return replace(loaded, spec=spec, defaulted=sentence)
-
-
-def _anatomy(loaded: LoadedSpec) -> ModelAnatomy:
-    folder = resolve_base(loaded.spec.base.model, loaded.folder)
-    return read_anatomy(folder, need_weights=False, task=loaded.spec.task)
 
 
 def default_search(anatomy: ModelAnatomy) -> SearchSpec:

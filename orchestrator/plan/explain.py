@@ -296,7 +296,7 @@ def plan_lines(plan: RunPlan) -> list[str]:
     execution = plan.execution
     lines = [
         f"plan {plan.name} ({plan.spec_sha256[:12]})",
-        f"  base        {plan.base.folder} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
+        f"  base        {plan.base.shown} · {plan.base.model_type} · {format_count(plan.num_parameters)} parameters"
         + (f" · {plan.base.quantize}" if plan.base.quantize != "none" else ""),
         f"  data        {plan.data.train_documents} documents, {format_count(plan.data.train_tokens)} tokens; "
         f"eval {format_count(plan.data.eval_tokens)}, retain {format_count(plan.data.retain_tokens)}"

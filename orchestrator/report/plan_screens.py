@@ -25,10 +25,11 @@ def plan_view(plan: RunPlan, *, explain: bool = False) -> RenderableType:
         explain: With the derivations: memory of every choice, operations of a token, cost, disk, placement.
     """
     base, options = plan.base, plan.options
+    hub = f"{base.shown}, " if base.hub_id else ""
     estimated = "" if plan.data.exact else " (estimated from file sizes)"
     parts: list[RenderableType] = [
         Text(
-            f"{plan.name}: {base.model_type}, {format_count(plan.num_parameters)} parameters, {_quantized(base.quantize)}",
+            f"{plan.name}: {hub}{base.model_type}, {format_count(plan.num_parameters)} parameters, {_quantized(base.quantize)}",
             style="bold",
         ),
         Text(

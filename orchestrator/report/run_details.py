@@ -223,7 +223,7 @@ def origin(run: RunRecords) -> Html:
         rows += [
             (
                 "base model",
-                f"{base.folder} ({base.model_type}, {size}, {_quantized(base.quantize)})",
+                f"{base.shown} ({base.model_type}, {size}, {_quantized(base.quantize)})",
             ),
             ("revision", base.revision or MISSING),
             ("spec hash", run.plan.spec_sha256),

@@ -34,6 +34,8 @@ from orchestrator.values import content_hash
 LOCK = ".lock"
 FREE_TO_CHANGE = ("output:", "resources.", "search.trials:")
 """Keys of the spec that may differ between two submissions of one run."""
+HUB = "hub"
+"""Key of base.json with id, revision and commit of a base from the hub."""
 LISTED = 20
 UPLOADED = "runtime_resources/working_dir_files"
 """Part of the path of a working directory that `ray job submit` uploaded; Ray deletes it when it needs the room."""
@@ -128,15 +130,18 @@ class RunDirectory(RunFolder):
         """The driver's ledger, read at first use. Refresh it where the exchange has written since."""
         return Ledger(self.trials)
 
-    def claim_base(self, identity: dict[str, Any]) -> str:
+    def claim_base(self, identity: dict[str, Any], hub: dict[str, str] | None = None) -> str:
         """Record which base model this run trains, and return its hash; once the run was planned, reject another.
+
+        Args:
+            hub: Id, revision and commit of a base from the hub. They are recorded and not compared: what counts is the content.
 
         Raises:
             RunConflictError: the base's folder holds another base than at the last submission; names the differences.
         """
         require_same_base(self.path, identity)
         if not (self.was_planned and self.base.exists()):
-            write_json(self.base, identity)
+            write_json(self.base, identity | ({HUB: hub} if hub else {}))
         return content_hash(identity)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -159,6 +164,16 @@ def was_planned(path: Path) -> bool:
     return (path / PLAN).exists() or any(path.glob(f"{PLAN}.damaged-*"))
 
 
+def recorded_commit(path: Path, model: str, revision: str | None) -> str:
+    """Return the commit of the hub that the planned run in `path` began with; empty if none is recorded, or of another base."""
+    with contextlib.suppress(IntegrityError, OSError):
+        known = read_json(RunFolder(path).base)
+        hub = known.get(HUB) if isinstance(known, dict) and was_planned(path) else None
+        if isinstance(hub, dict) and (hub.get("id"), hub.get("revision")) == (model, revision or ""):
+            return str(hub.get("commit", ""))
+    return ""
+
+
 def require_same_base(path: Path, identity: dict[str, Any]) -> None:
     """Reject another base than the one that the planned run in `path` trained; a run without a plan accepts any.
 
@@ -172,7 +187,7 @@ def require_same_base(path: Path, identity: dict[str, Any]) -> None:
     known = read_json(file)
     if not isinstance(known, dict):
         raise IntegrityError("no identity of a base", where=str(file), remedy=RECORD_REMEDY)
-    differences = describe_difference(known, identity)
+    differences = describe_difference({key: value for key, value in known.items() if key != HUB}, identity)
     if differences:
         raise RunConflictError(
             "the base's folder differs from when this run began; the difference (there -> here):\n  " + _shown(differences),

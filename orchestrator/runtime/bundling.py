@@ -47,6 +47,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         IntegrityError, BaseError: the promoted trial's adapter or delta, a set or the base is not what it was.
     """
     final = Path(bundle)
+    inputs = inputs.on_this_node()
     require_whole(inputs)
     tell_bundling(final.parent, "merging the trained weights into the base model")
     staged = stage_bundle(inputs, final)

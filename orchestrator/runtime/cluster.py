@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.bases import Base
 from orchestrator.errors import BaseError, PlanError, UsageError
 from orchestrator.plan.placement import GPU_RANK_CPUS, RANK_CPUS
 from orchestrator.plan.values import ClusterDescription, NodeDescription
@@ -25,6 +26,8 @@ from orchestrator.store import file_identity, find_gpus, num_usable_cpus, thread
 from orchestrator.store.signals import handle_stop_signals
 from orchestrator.work.execution import ExecutionPlan
 
+ANSWER_S = 60.0
+"""Seconds within which a node must answer a question about its files."""
 SIGHT_S = 5.0
 """Seconds that a file may take to become visible on another node: network file systems cache directory entries."""
 
@@ -169,18 +172,23 @@ def require_shared_storage(folder: Path) -> None:
         )
 
 
-def require_base_everywhere(folder: Path, wanted: Mapping[str, str]) -> None:
+def require_base_everywhere(folder: Path, wanted: Mapping[str, str], base: Base) -> None:
     """On a cluster of several nodes, prove that those with gangs have the base that the driver has, before any is started.
+
+    Of a base from the hub each node fetches the same commit into its own cache: once per node, all at the same time.
 
     Args:
         folder: The base's, under the path that the gangs load it from.
         wanted: What the driver sees in it: by file, `file_identity`.
 
     Raises:
-        BaseError: a node has another base there, or none; all such nodes are named.
+        BaseError: a node has another base there, or none, or cannot fetch it; all such nodes are named.
     """
-    calls = [(node["NodeManagerAddress"], _on_node(_identities, node["NodeID"])) for node in _other_nodes()]
-    answers = [(address, _said(address, call.remote(str(folder), list(wanted)))) for address, call in calls]
+    task, place = (_identities, str(folder)) if base.hub is None else (_fetch_base, base)
+    calls = [(node["NodeManagerAddress"], _on_node(task, node["NodeID"]).remote(place, list(wanted))) for node in _other_nodes()]
+    # A fetch takes as long as it takes; a node that is lost meanwhile fails its call.
+    limit_s = ANSWER_S if base.hub is None else None
+    answers = [(address, _said(address, call, limit_s)) for address, call in calls]
     wrong = {address: differing for address, found in answers if (differing := _differing(wanted, found))}
     if wrong:
         shown = "; ".join(f"on {node}, {problem}" for node, problem in sorted(wrong.items())[:3])
@@ -212,15 +220,21 @@ def _other_nodes() -> list[dict[str, Any]]:
     return [node for node in with_gpus or alive if node["NodeID"] != here]
 
 
-def _said(address: str, call: Any) -> Any:
+def _said(address: str, call: Any, limit_s: float | None = ANSWER_S) -> Any:
     """Return a node's answer.
 
     Raises:
-        PlanError: the node does not answer, or answers with an error.
+        BaseError: the node cannot fetch the base.
+        PlanError: the node does not answer, or answers with another error.
     """
     try:
-        return fetch(call, 60)
+        return fetch(call, limit_s)
     except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, BaseError):
+            raise BaseError(
+                cause.what, where=f"node {address}: {cause.where}", expected=cause.expected, remedy=cause.remedy
+            ) from None
         lines = str(getattr(error, "cause", None) or error).strip().splitlines()
         raise PlanError(
             f"a node of the cluster did not answer: {type(error).__name__}: {lines[-1] if lines else ''}",
@@ -242,6 +256,13 @@ def _identities(folder: str, names: Sequence[str]) -> dict[str, str]:
     while not all((Path(folder) / name).is_file() for name in names) and time.monotonic() < deadline:
         time.sleep(0.2)
     return {name: file_identity(Path(folder) / name) for name in names}
+
+
+@ray.remote
+def _fetch_base(base: Base, names: Sequence[str]) -> dict[str, str]:
+    """Fetch the base into the calling node's own cache of the hub, and return the identities of these files there."""
+    folder = base.for_training(logging.getLogger(__name__).info)
+    return {name: file_identity(folder / name) for name in names}
 
 
 @ray.remote

@@ -15,7 +15,7 @@ from orchestrator.runtime.failures import in_plain_words
 from orchestrator.runtime.finish import finish
 from orchestrator.runtime.measurements import scored_alone
 from orchestrator.runtime.outcome import summarise
-from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.prepare import Prepared, base_of, open_run, prepare
 from orchestrator.runtime.refit import refit_assignment, run_refit
 from orchestrator.runtime.run_progress import ProgressReporter
 from orchestrator.spec import LoadedSpec
@@ -29,7 +29,7 @@ def run_finetune(loaded: LoadedSpec, *, view: RunView, address: str | None = Non
     Raises:
         OrchestratorError: any error that stops the run, see errors.py; finished work is on disk.
     """
-    loaded = with_section(loaded, "finetune")
+    loaded = with_section(loaded, "finetune", lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "finetune", output, view))

@@ -11,8 +11,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.anatomy import ModelAnatomy, read_anatomy
+from orchestrator.bases import Base, locate_base, located, record_base
 from orchestrator.data import DataSummary, data_size, prepare_data
+from orchestrator.data.reading.measure import check_first_rows
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_plan, work_context
 from orchestrator.plan import schedule as steps
@@ -20,7 +22,7 @@ from orchestrator.plan.defaults import with_section
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
 from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
-from orchestrator.run.directory import WRITABLE, RunDirectory, is_same_run, output_root, require_same_base
+from orchestrator.run.directory import WRITABLE, RunDirectory, is_same_run, output_root, recorded_commit, require_same_base
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.records import read_outcome
 from orchestrator.run.scoring import Scoring, scoring_of
@@ -130,14 +132,16 @@ def prepare(
     if job == "sweep" and cluster is not None:
         require_metric(loaded)
     view.phase("base", "reading and hashing the base model's files")
-    anatomy = read_anatomy(resolve_base(spec.base.model, loaded.folder), need_weights=True, task=spec.task)
-    base = Path(anatomy.folder)
-    base_sha256 = run.claim_base(base_identity(base, anatomy.weight_files))
-    known = _read_known(run, base, base_sha256)
+    base = _base_in(run.path, loaded)
+    anatomy, base_sha256 = _claim_base(loaded, base, run, view, finished=cluster is None)
+    folder = Path(anatomy.folder)
+    known = _read_known(run, folder, base_sha256)
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
-        data = prepare_data(loaded, base, run.data, keep_sets=run.was_planned, planned_sha256=planned_sha256)
+        data = prepare_data(
+            loaded, base.for_data(), run.data, anatomy=anatomy, keep_sets=run.was_planned, planned_sha256=planned_sha256
+        )
     if cluster is None:
         assert known.plan is not None, "the run has no plan any more: planning it again"
         return Prepared(spec, run, anatomy, data, known.plan)
@@ -146,17 +150,56 @@ def prepare(
     machines = cluster()
     # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
     # the weights, and the JSON files of the model and its tokenizer.
-    files = [*sorted(path.name for path in base.glob("*.json")), *anatomy.weight_files]
-    require_base_everywhere(base, {name: file_identity(base / name) for name in files})
+    files = [*sorted(path.name for path in folder.glob("*.json")), *anatomy.weight_files]
+    require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data), machines, job, known)
     if isinstance(plan, SweepPlan):
         plan = with_choice(plan, standing_choice(spec.resources.compile, known.choice))
-    plan = plan.model_copy(update={"base_sha256": base_sha256})
+    plan = record_base(plan.model_copy(update={"base_sha256": base_sha256}), base)
     with output_to(run.plan, remedy=WRITABLE):
         write_json(run.plan, plan)
     defaulted = [("default_section", loaded.defaulted)] if loaded.defaulted else []
     _report(run, view, [*defaulted, *(("warning", warning) for warning in plan.warnings)])
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def base_of(loaded: LoadedSpec, output: Path | None) -> Base:
+    """Return the base of a spec's run. A hub id means the commit with which the run began, if it did.
+
+    Raises:
+        BaseError: there is no such folder or repository.
+    """
+    return _base_in(output_root(loaded, output).path / loaded.spec.name, loaded)
+
+
+def _base_in(run_folder: Path, loaded: LoadedSpec) -> Base:
+    base = loaded.spec.base
+    return locate_base(base, loaded.folder, recorded_commit(run_folder, base.model, base.revision))
+
+
+def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView, *, finished: bool) -> tuple[ModelAnatomy, str]:
+    """Read the base, fetch it where it is not on this machine, record it as the run's, and return its hash."""
+    task = loaded.spec.task
+    if base.cached is None and finished:
+        # A finished run is only shown: its base is not fetched again.
+        return read_anatomy(base.for_plan(), need_weights=True, task=task), read_record(run.plan, RunPlan).base_sha256
+    if base.cached is None:
+        # What can be rejected without the weights is rejected before they are fetched.
+        read_anatomy(base.for_plan(), need_weights=True, task=task)
+        check_first_rows(loaded)
+
+    def tell(message: str) -> None:
+        view.phase("base", message)
+        run.event("base_fetched", message=message)
+
+    anatomy = read_anatomy(base.for_training(tell), need_weights=True, task=task)
+    return anatomy, run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(loaded.spec, base))
+
+
+def _hub_record(spec: JobSpec, base: Base) -> dict[str, str] | None:
+    if base.hub is None:
+        return None
+    return {"id": spec.base.model, "revision": spec.base.revision or "", "commit": base.hub.sha}
 
 
 class KnownRun(NamedTuple):
@@ -262,13 +305,18 @@ def reopen(run_folder: Path) -> Prepared:
     try:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
-        anatomy = read_anatomy(Path(plan.base.folder), need_weights=True, task=plan.base.task)
-        run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files))
+        base = located(plan.base)
+        anatomy = read_anatomy(base.for_training(_silent), need_weights=True, task=plan.base.task)
+        run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(spec, base))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
         run.close()
         raise
     return Prepared(spec, run, anatomy, data, plan)
+
+
+def _silent(message: str) -> None:
+    """Take a message that nobody is there to read."""
 
 
 def _recorded_spec(run: RunDirectory) -> JobSpec:
@@ -302,26 +350,27 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         RunConflictError: the run's folder holds another run, or trained another base or other data.
         PlanError: it does not fit.
     """
-    loaded = with_section(loaded, job)
+    loaded = with_section(loaded, job, lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     if job == "sweep":
         require_metric(loaded)
     sha256 = spec_sha256(loaded.spec, job)
     run_folder = output_root(loaded, output).path / loaded.spec.name
     known = is_same_run(run_folder, loaded, sha256)
-    folder = resolve_base(loaded.spec.base.model, loaded.folder)
-    anatomy = read_anatomy(folder, need_weights=True, task=loaded.spec.task)
-    if known:
+    base = base_of(loaded, output)
+    anatomy = read_anatomy(base.for_plan(), need_weights=True, task=loaded.spec.task)
+    # A commit of the hub is the same by its name, and its weights need not be here.
+    if known and base.hub is None:
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
-        data = prepare_data(loaded, Path(anatomy.folder), Path(folder))
+        data = prepare_data(loaded, base.for_data(), Path(folder), anatomy=anatomy)
         before = _read(run.data_summary, DataSummary) if planned is not None else None
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"
             raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
         plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder)), cluster(), job, KnownRun(planned))
-    return Rehearsal(plan, data, run_folder, _would(run_folder, known))
+    return Rehearsal(record_base(plan, base), data, run_folder, _would(run_folder, known))
 
 
 def _hashes(data: DataSummary) -> dict[str, str]:

@@ -25,7 +25,7 @@ from orchestrator.runtime.follow_up_trials import follow_up_trials, train_follow
 from orchestrator.runtime.hang_detection import HangTimeouts
 from orchestrator.runtime.measurements import measured_in_a_gang
 from orchestrator.runtime.outcome import summarise
-from orchestrator.runtime.prepare import Prepared, open_run, prepare
+from orchestrator.runtime.prepare import Prepared, base_of, open_run, prepare
 from orchestrator.runtime.run_progress import ProgressReporter, Watcher
 from orchestrator.runtime.search import evaluate_base, run_search, submit, wait_for
 from orchestrator.spec import LoadedSpec
@@ -44,7 +44,7 @@ def run_sweep(loaded: LoadedSpec, *, view: RunView, address: str | None = None, 
     Raises:
         OrchestratorError: whatever stops the run, see errors.py; what was done is on disk.
     """
-    loaded = with_section(loaded, "sweep")
+    loaded = with_section(loaded, "sweep", lambda: base_of(loaded, output).anatomy(loaded.spec.task))
     started_at = time.time()
     with ExitStack() as stack:
         run = stack.enter_context(open_run(loaded, "sweep", output, view))

@@ -15,14 +15,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
+from orchestrator.anatomy.weights import INDEX
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import make_merge_plan
@@ -31,6 +34,7 @@ from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
+from orchestrator.serve.side_files import GENERATION, LeftOut, copy_side_files
 from orchestrator.serve.verification import TrainedModel, require_passed
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
@@ -41,23 +45,7 @@ from orchestrator.work.artifact import ADAPTER, ADAPTER_CONFIG, DELTA
 from orchestrator.work.execution import BaseLoad
 from orchestrator.work.trial import TrialSpec
 
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-)
-"""Files of the base's folder that a served model needs besides weights and config."""
-CARD, SPEC, GENERATION = "README.md", "spec.json", "generation_config.json"
+CARD, SPEC = "README.md", "spec.json"
 
 
 class BaseRecord(Value):
@@ -95,6 +83,8 @@ class BundleRecord(Value):
     data_sha256: str
     verdict: str | None = None
     versions: dict[str, str] = {}
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of the base's folder that are not in the bundle, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +96,7 @@ class StagedBundle:
     final: Path
     plan: MergePlan
     merged: MergeRecord
+    left_out: tuple[LeftOut, ...]
 
 
 def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
@@ -135,18 +126,24 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     merged = merge(plan, folder)
     base = Path(inputs.base.folder)
     write_json(folder / "config.json", bundle_config(json.loads((base / "config.json").read_bytes()), plan))
-    traits = inputs.base.traits
-    _copy_side_files(base, folder, generates=traits.head.supervises == "tokens")
-    if traits.head.supervises == "tokens":
+    generates = inputs.base.traits.head.supervises == "tokens"
+    replaced = {"config.json", INDEX, *(tensor.file for tensor in inputs.anatomy.tensors.values())}
+    left_out = copy_side_files(base, folder, generates=generates, replaced=replaced)
+    if generates:
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
-    _add_artifact(Path(inputs.artifact), folder, base)
-    return StagedBundle(folder, final, plan, merged)
+    _add_artifact(Path(inputs.artifact), folder, inputs.base.hub_id or str(base.resolve()))
+    return StagedBundle(folder, final, plan, merged, left_out)
 
 
 def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json with the changes that the merged model needs."""
     # The weights are written in 16 bit, also if the base's were quantized.
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if not TASKS[plan.task].head.is_new:
+        config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
+    if config["model_type"] in CONFIG_MAPPING:
+        # Training loaded transformers' own class: code that the base brings besides is not what was trained.
+        config.pop("auto_map", None)
     if plan.unties_head:
         # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False
@@ -160,6 +157,21 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
             eos = config.get("eos_token_id")
             config["pad_token_id"] = eos if isinstance(eos, int) else 0
     return config
+
+
+def served_classes(config: Mapping[str, Any], auto_model: str) -> list[str]:
+    """Return the `architectures` of a bundle: the class that transformers' `auto_model` loads for this config.
+
+    The base's config may name another head, or none, and servers choose the class by it. The class of a model of which the
+    language model is only a part (`text_config`) stays, since the bundle has the whole model's weights.
+    """
+    named: list[str] = list(config.get("architectures") or ())
+    if named and "text_config" in config:
+        return named
+    # From model types to names of classes; the public mapping would import the model's code.
+    names: dict[str, str] = getattr(transformers, auto_model)._model_mapping._model_mapping
+    loaded = names.get(config["model_type"])
+    return named if loaded is None or loaded in named else [loaded]
 
 
 def trained_model(inputs: BundleInputs, plan: MergePlan) -> TrainedModel:
@@ -239,6 +251,7 @@ def _record(staged: StagedBundle, inputs: BundleInputs, transfer: TransferReport
         data_sha256=inputs.data_sha256,
         verdict=transfer.verdict,
         versions=versions(),
+        left_out=staged.left_out,
     )
 
 
@@ -251,17 +264,6 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("/", "~/")):
         return Path(value).name
     return value
-
-
-def _copy_side_files(base: Path, folder: Path, *, generates: bool) -> None:
-    for pattern in SIDE_FILES:
-        for source in sorted(base.glob(pattern)):
-            # A classifier generates nothing, and the file would name settings that do not apply.
-            if not generates and source.name == GENERATION:
-                continue
-            target = folder / source.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(source.read_bytes())
 
 
 def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> None:
@@ -284,10 +286,11 @@ def _write_generation_config(base: Path, folder: Path, stops: Sequence[int]) -> 
     write_json(file, written | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
 
 
-def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
+def _add_artifact(artifact: Path, folder: Path, base: str) -> None:
     """Add the adapter or delta itself, linked where possible, so that the trained model can be rebuilt from it.
 
-    An adapter names the base's folder as an absolute path: PEFT resolves a relative one against the current folder.
+    An adapter names the base's id on the hub (and `revision`, its commit), or its folder as an absolute path: PEFT resolves a
+    relative one against the current folder.
     """
     for name in (ADAPTER, DELTA):
         if not (artifact / name).is_dir():
@@ -297,5 +300,5 @@ def _add_artifact(artifact: Path, folder: Path, base: Path) -> None:
             link_or_copy(source, folder / name / source.name)
     config_file = folder / ADAPTER / ADAPTER_CONFIG
     if config_file.exists():
-        config = read_json(config_file) | {"base_model_name_or_path": str(base.resolve())}
+        config = read_json(config_file) | {"base_model_name_or_path": base}
         write_json(config_file, config)

@@ -8,8 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.anatomy import read_anatomy
+from orchestrator.bases import located
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
-from orchestrator.serve.bundle import BundleRecord, base_weights_sha256
+from orchestrator.serve.bundle import BaseRecord, BundleRecord, base_weights_sha256
 from orchestrator.serve.verification import TrainedModel, require_passed, verify
 from orchestrator.store import Manifest, check_folder
 from orchestrator.transfer.records import VerificationFigures
@@ -30,8 +31,8 @@ def verify_bundle(
         VerificationError: a file changed, the base is another, or the distributions differ.
     """
     record = read_record(bundle)
-    folder = _there(bundle, record.base.path, base, "the base", "--base")
-    documents = _there(bundle, record.held_out, held_out, "the held-out documents", "--held-out")
+    folder = _there(bundle, record.base.path, base or hub_copy(record.base), "the base", where_to_get(record.base, "--base"))
+    documents = _there(bundle, record.held_out, held_out, "the held-out documents", "give the path with --held-out")
     try:
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
     except BaseError as error:
@@ -96,13 +97,24 @@ def _checked(bundle: Path) -> Manifest:
         ) from error
 
 
-def _there(bundle: Path, recorded: str, given: Path | None, what: str, option: str) -> Path:
+def hub_copy(base: BaseRecord) -> Path | None:
+    """Return the copy of a base from the hub in this machine's cache; None if it is not there, or no base from the hub."""
+    return located(base.load).cached if base.load.hub_id else None
+
+
+def where_to_get(base: BaseRecord, option: str) -> str:
+    """Return what to do about a base that is not where the bundle says."""
+    fetch = f", or run `hf download {base.load.hub_id} --revision {base.load.revision}`" if base.load.hub_id else ""
+    return f"give its folder with {option}{fetch}"
+
+
+def _there(bundle: Path, recorded: str, given: Path | None, what: str, remedy: str) -> Path:
     path = given.resolve() if given is not None else Path(os.path.normpath(bundle.resolve() / recorded))
     if not path.exists():
         raise UsageError(
             f"{what} cannot be found",
             where=str(path),
             expected=f"{recorded} relative to the bundle, as in its manifest",
-            remedy=f"give the path with {option}",
+            remedy=remedy,
         )
     return path

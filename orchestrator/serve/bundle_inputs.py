@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.bases import folder_on_this_node
 from orchestrator.spec.models import ExtraTensors
 from orchestrator.values import Value
 from orchestrator.work.execution import BaseLoad
@@ -53,6 +54,12 @@ class BundleInputs(Value):
     """`DataSummary.inputs_sha256`."""
     spec: dict[str, object] = {}
     """Resolved spec; absolute paths are shortened to their last part in the bundle."""
+
+    def on_this_node(self) -> BundleInputs:
+        """Return the inputs with the base's folder on this node: of a base from the hub each node has its own copy."""
+        folder = str(folder_on_this_node(self.base))
+        base, anatomy = (value.model_copy(update={"folder": folder}) for value in (self.base, self.anatomy))
+        return self.model_copy(update={"base": base, "anatomy": anatomy})
 
 
 def base_label(name: str) -> str:

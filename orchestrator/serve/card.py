@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.plan import REPEAT
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.metadata import front_matter, licence_sentence
-from orchestrator.serve.usage import prompt_rule, snippet
+from orchestrator.serve.usage import gguf_rule, prompt_rule, snippet
 from orchestrator.spec.adapters import ADAPTER_KINDS
 from orchestrator.spec.tasks import HeadTraits, metric_facts
 from orchestrator.transfer.headline import advice_on_answers, gain_is_loss_only, headline
@@ -165,7 +165,7 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
         said = ["The class names are in config.json."]
     else:
         commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
-        said = [line for line in (prompt_rule(inputs),) if line]
+        said = [line for line in (prompt_rule(inputs), gguf_rule(inputs)) if line]
     if inputs.trial.tune == "lora":
         title = ADAPTER_KINDS[inputs.trial.adapter.kind].title
         said.append(f"The {title} adapter alone is in `adapter/`; `peft.PeftModel.from_pretrained` loads it on the base.")

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
+from orchestrator.spec.hub_ids import parse_hub_data
 from orchestrator.spec.tasks import metric_facts
 from orchestrator.transfer.records import ModelScores, TransferReport
 
@@ -131,8 +132,8 @@ def _hub_data_sets(inputs: BundleInputs) -> Iterator[str]:
     train = data.get("train") if isinstance(data, dict) else None
     for source in train if isinstance(train, list | tuple) else [train]:
         path = source.get("path") if isinstance(source, dict) else source
-        if isinstance(path, str) and path.startswith("hub:"):
-            yield path.removeprefix("hub:")
+        if isinstance(path, str) and (found := parse_hub_data(path)) is not None:
+            yield found.id
 
 
 def _head_of(file: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import TextStreamer
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
-from orchestrator.serve.bundle_check import read_record
+from orchestrator.serve.bundle_check import hub_copy, read_record, where_to_get
 from orchestrator.serve.loading import serving_class
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
@@ -235,9 +235,9 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
     if untouched:
         if record.base.load.traits.head.is_new:
             raise UsageError("the base of a classifier has no classes", where=str(bundle), remedy="remove --base")
-        folder = base if base is not None else Path(os.path.normpath(bundle.resolve() / record.base.path))
+        folder = base or hub_copy(record.base) or Path(os.path.normpath(bundle.resolve() / record.base.path))
         if not (folder / "config.json").exists():
-            raise UsageError("the base cannot be found", where=str(folder), remedy="give its folder with --base-folder")
+            raise UsageError("the base cannot be found", where=str(folder), remedy=where_to_get(record.base, "--base-folder"))
     model = _load(folder, record)
     spec = read_spec(bundle)
     separator = str(spec.get("data", {}).get("separator", "\\n")) if TASKS[task].uses_separator else ""

@@ -16,6 +16,22 @@ model = AutoModelForCausalLM.from_pretrained(".")
 ANSWER = f"""output = model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+GGUF_FAMILIES = ("llama", "mistral", "qwen", "gemma")
+"""Beginnings of the model types for which a card names llama.cpp's converter."""
+WITHOUT_HEAD = ("gemma", "gemma2")
+"""Model types whose output projection that converter leaves out: it takes the embeddings instead."""
+
+
+def gguf_rule(inputs: BundleInputs) -> str:
+    """Return how the bundle is converted to GGUF; empty if the converter does not know it, or would lose its trained head."""
+    anatomy = inputs.anatomy
+    loses_head = anatomy.model_type in WITHOUT_HEAD and anatomy.head_weight in (
+        *inputs.selection.trainable,
+        *inputs.selection.adapted,
+    )
+    if not anatomy.model_type.startswith(GGUF_FAMILIES) or loses_head:
+        return ""
+    return "For llama.cpp, its converter reads this folder: `python convert_hf_to_gguf.py . --outfile model.gguf`."
 
 
 def prompt_rule(inputs: BundleInputs) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import SelectionError
 from orchestrator.spec.adapters import ADAPTER_KINDS, AdapterName
+from orchestrator.spec.hub_ids import DATA_SHAPE, HUB, is_repository_id, parse_hub_data
 from orchestrator.spec.messages import is_number, near_names
 from orchestrator.spec.models import (
     ADAPTER_KEYS,
@@ -46,11 +47,15 @@ def find_mistakes(spec: JobSpec, folder: Path) -> Iterator[Finding]:
         yield from check(spec)
     for row in UNSUPPORTED:
         for path, value in row.find(spec, folder):
-            yield Finding(path, f"{row.verdict}: {row.title}; found {value!r}", _hub_hint(path, value) or row.remedy)
+            yield Finding(path, f"{row.verdict}: {row.title}; found {value!r}", row.remedy)
+    yield from _misspelt_sample(spec, folder)
 
 
-def _hub_hint(path: KeyPath, value: str) -> str:
-    return "did you mean sample?" if path == ("base", "model") and near_names(value, ["sample"]) else ""
+def _misspelt_sample(spec: JobSpec, folder: Path) -> Iterator[Finding]:
+    """`smaple` would be looked for on the hub, where models without an organisation have such names."""
+    model = spec.base.model
+    if model != "sample" and is_repository_id(model) and near_names(model, ["sample"]) and not (folder / model).exists():
+        yield Finding(("base", "model"), f"there is no folder {model!r}", "did you mean sample?")
 
 
 def _step_size(spec: JobSpec) -> Iterator[Finding]:
@@ -352,8 +357,28 @@ def _normal(text: str, spec: JobSpec) -> str:
     except SelectionError:
         return text
     if spec.traits.head.is_new:  # there is no output projection that `+head` could add
-        policy = replace(policy, with_head=False)
+        policy = policy.without("head")
     return str(policy)
+
+
+def _new_tokens(spec: JobSpec) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for number, token in enumerate(spec.base.add_tokens):
+        if not token.strip():
+            yield Finding(("base", "add_tokens", number), "the token is empty or white space", "remove it")
+        elif token in seen:
+            yield Finding(("base", "add_tokens", number), f"the token {token!r} is a duplicate", "remove one")
+        seen.add(token)
+    written: list[tuple[KeyPath, str]] = []
+    if spec.search is not None:
+        written += [(("search", "layers", number), text) for number, text in enumerate(spec.search.layers)]
+        written += [(("search", "points", number, "layers"), point.layers) for number, point in enumerate(spec.search.points)]
+    if spec.finetune is not None:
+        written.append((("finetune", "layers"), spec.finetune.layers))
+    for path, text in written:
+        if not spec.base.add_tokens and "+new_tokens" in _normal(text, spec):
+            remedy = "list the new tokens in base.add_tokens, or write +embeddings to train all rows"
+            yield Finding(path, "`+new_tokens` trains the rows of the tokens in base.add_tokens, and there is none", remedy)
 
 
 def _paths(spec: JobSpec) -> Iterator[Finding]:
@@ -366,6 +391,8 @@ def _paths(spec: JobSpec) -> Iterator[Finding]:
     for path, text in texts.items():
         if isinstance(text, str) and not text.strip():
             yield Finding(path, "the path is empty")
+        if isinstance(text, str) and path[0] == "data" and text.startswith(HUB) and parse_hub_data(text) is None:
+            yield Finding(path, f"not a data set of the hub: {text!r}", f"write {DATA_SHAPE}")
     for name in ("eval", "test"):
         text = getattr(spec.data, name)
         if isinstance(text, str) and is_number(text):
@@ -385,5 +412,6 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _controls,
     _remedies,
     _duplicates,
+    _new_tokens,
     _paths,
 )

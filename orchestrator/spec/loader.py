@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from orchestrator.errors import SpecError, SpecProblem
 from orchestrator.spec.checks import find_mistakes
+from orchestrator.spec.hub_ids import HUB
 from orchestrator.spec.messages import explain, found
 from orchestrator.spec.models import FinetuneSpec, JobSpec, SearchSpec
 from orchestrator.spec.overrides import Override, apply_overrides, override_values, parse_overrides
@@ -57,9 +58,9 @@ class LoadedSpec:
         return Path(self.resolve(self.spec.output))
 
     def resolve(self, path: str) -> str:
-        """Return the absolute form of a path in the spec (a glob keeps its wildcards); an object store's URL is returned
-        unchanged."""
-        if is_url(path):
+        """Return the absolute form of a path in the spec (a glob keeps its wildcards); the URL of an object store, and a data set
+        of the hub, are returned unchanged."""
+        if is_url(path) or path.startswith(HUB):
             return path
         return os.path.normpath(self.folder / Path(path).expanduser())
 

@@ -42,13 +42,15 @@ class BaseSpec(Section):
     """The pretrained model."""
 
     model: str
-    """A hub id, a folder, or `sample`."""
+    """A folder, `sample`, or the id of a model on the Hugging Face hub (`org/name`)."""
     revision: str | None = None
-    """A hub revision; recorded in the bundle."""
+    """Branch, tag or commit of a hub id; its commit is recorded."""
     quantize: Quantize = "none"
     """How the frozen weights are held in memory."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens: the base gets a row for each that it lacks, the mean of its other rows; `+new_tokens` trains these rows."""
     merge_into: Literal["auto", "original"] = "auto"
     """What the winner is merged into: `auto`: the base as trained (dequantized if quantized); `original`: the 16-bit base."""
     extra_tensors: ExtraTensors = "keep"

@@ -1,4 +1,5 @@
-"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`, most with `+head`, `+router`.
+"""Grammar of layer policies: `none`, `head`, `last:N`, `first:N`, `blocks:0-3,8`, `all`, `top:F`; with `+head`, `+router`,
+`+embeddings`, `+new_tokens` and `+norms` what is trained besides.
 
 `anatomy.select` resolves a policy on a base.
 """
@@ -14,7 +15,10 @@ from orchestrator.errors import SelectionError
 
 Kind = Literal["none", "head", "last", "first", "blocks", "all", "top"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head or +router to any blocks"
+Extra = Literal["head", "router", "embeddings", "new_tokens", "norms"]
+EXTRAS: tuple[Extra, ...] = get_args(Extra)
+"""What can be trained besides, in the order of the normal form."""
+FORMS = "none | head | last:N | first:N | blocks:0-3,8 | all | top:0.25; add +head, +router, +embeddings, +new_tokens or +norms"
 EXAMPLES: dict[str, str] = {
     "none": "none",
     "head": "head",
@@ -37,9 +41,21 @@ class Policy:
     """First and last block of each run of `blocks`, ascending and not adjacent."""
     fraction: float = 0.0
     """Share of the blocks for `top`."""
-    with_head: bool = False
-    with_router: bool = False
-    """Whether the routers of the chosen blocks are trained, which choose the experts of a token."""
+    extras: tuple[Extra, ...] = ()
+    """What is trained besides, in the order of EXTRAS, each once."""
+
+    @property
+    def with_head(self) -> bool:
+        return "head" in self.extras
+
+    @property
+    def with_router(self) -> bool:
+        """Whether the routers of the chosen blocks are trained, which choose the experts of a token."""
+        return "router" in self.extras
+
+    def without(self, extra: Extra) -> Policy:
+        """Return the same policy without this extra."""
+        return replace(self, extras=tuple(kept for kept in self.extras if kept != extra))
 
     def __str__(self) -> str:
         """Return the normal form: `parse_policy(str(policy)) == policy`."""
@@ -52,7 +68,7 @@ class Policy:
                 text = f"top:{self.fraction:g}"
             case _:
                 text = self.kind
-        return text + ("+head" if self.with_head else "") + ("+router" if self.with_router else "")
+        return "+".join((text, *self.extras))
 
 
 def parse_policy(text: str) -> Policy:
@@ -62,16 +78,21 @@ def parse_policy(text: str) -> Policy:
         SelectionError: not a policy; `expected` lists the forms, `remedy` suggests a similar one.
     """
     compact = re.sub(r"\s+", "", text).lower()
-    body, *extras = compact.split("+")
+    body, *added = compact.split("+")
     word, colon, argument = body.partition(":")
     kind: Kind | None = next((kind for kind in KINDS if kind == word), None)
-    if kind is None or len(set(extras)) < len(extras) or not {"head", "router"}.issuperset(extras):
+    if kind is None:
         raise _unknown(text, compact)
+    extras = _parse_extras(text, added)
     if kind in ("none", "head", "all") and colon:
         raise _wrong(text, f"`{kind}` takes no argument", f"write {kind}")
-    if kind in ("none", "head") and extras:
-        raise _wrong(text, f"`+{extras[0]}` goes with blocks", "write head" if extras == ["head"] else "write last:2+router")
-    return replace(_blocks(text, kind, argument), with_head="head" in extras, with_router="router" in extras)
+    if kind == "none" and extras:
+        raise _wrong(text, "`none` trains nothing", "write none")
+    if kind == "head" and "head" in extras:
+        raise _wrong(text, "`+head` goes with blocks", "write head")
+    if kind == "head" and "router" in extras:
+        raise _wrong(text, "`+router` goes with blocks", "write last:2+router")
+    return replace(_blocks(text, kind, argument), extras=extras)
 
 
 def _blocks(text: str, kind: Kind, argument: str) -> Policy:
@@ -94,6 +115,19 @@ def normal_form(text: str) -> str:
     """Return the normal form: `last: 2` -> `last:2`, `blocks:8,0-3` -> `blocks:0-3,8`. Raises SelectionError like
     `parse_policy`."""
     return str(parse_policy(text))
+
+
+def _parse_extras(text: str, added: list[str]) -> tuple[Extra, ...]:
+    if len(set(added)) < len(added):
+        raise _wrong(text, "the same thing is added twice", "write each once")
+    unknown = next((word for word in added if word not in EXTRAS), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, EXTRAS, n=1, cutoff=0.4) or ["head"]
+        meant = re.sub(r"\s+", "", text).lower().replace(f"+{unknown}", f"+{near[0]}", 1)
+        raise _wrong(text, "not a layer policy", f"did you mean {meant}?")
+    if {"embeddings", "new_tokens"} <= set(added):
+        raise _wrong(text, "`+embeddings` trains the rows of new tokens too", "write one of +embeddings and +new_tokens")
+    return tuple(extra for extra in EXTRAS if extra in added)
 
 
 def _parse_ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,7 @@ from orchestrator.spec.source import KeyPath
 
 Found = Iterator[tuple[KeyPath, str]]
 """Places and the values found there."""
-STORE_URL = re.compile(r"^(hub:|[A-Za-z][A-Za-z0-9+.-]*://)")
+STORE_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Unsupported:
 
 
 def is_url(path: str) -> bool:
-    """Return whether a path names an object store or a hub instead of a local file."""
+    """Return whether a path names an object store instead of a local file."""
     return STORE_URL.match(path) is not None
 
 
@@ -54,14 +54,7 @@ def data_paths_of(spec: JobSpec) -> Iterator[tuple[KeyPath, str]]:
             yield ("data", name), value
 
 
-def _hub_base(spec: JobSpec, folder: Path) -> Found:
-    model = spec.base.model
-    path_like = model == "sample" or model.startswith((".", "/", "~")) or (folder / model).exists()
-    if not path_like:
-        yield ("base", "model"), model
-
-
-def _hub_data(spec: JobSpec, folder: Path) -> Found:
+def _remote_data(spec: JobSpec, folder: Path) -> Found:
     return ((place, path) for place, path in data_paths_of(spec) if is_url(path))
 
 
@@ -76,10 +69,7 @@ def _remote_code(spec: JobSpec, folder: Path) -> Found:
 
 
 UNSUPPORTED = (
-    Unsupported(
-        "hub ids as `base.model`", "download the base and give its folder, for example ./models/base, or write sample", _hub_base
-    ),
-    Unsupported("`hub:` and object-store paths under `data`", "copy the data to a local file and give its path", _hub_data),
+    Unsupported("object-store paths under `data`", "copy the data to a local file and give its path", _remote_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
     Unsupported(
         "`base.trust_remote_code: true`",

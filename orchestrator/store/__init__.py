@@ -30,7 +30,7 @@ from orchestrator.store.folders import (
     write_manifest,
 )
 from orchestrator.store.identity import base_identity, file_identity, versions
-from orchestrator.store.machine import find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus, thread_limit
+from orchestrator.store.machine import cache_folder, find_gpus, free_memory_bytes, num_usable_cpus, parse_gpus, thread_limit
 
 __all__ = [
     "FileRecord",
@@ -38,6 +38,7 @@ __all__ = [
     "Unreachable",
     "append_jsonl",
     "base_identity",
+    "cache_folder",
     "check_artifact",
     "check_folder",
     "commit_folder",

@@ -28,6 +28,11 @@ def num_usable_cpus(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores
 
 
+def cache_folder() -> Path:
+    """Return this user's cache folder on this machine, or the one that ORCHESTRATOR_CACHE names."""
+    return Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "orchestrator")
+
+
 def thread_limit(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the limit that OMP_NUM_THREADS sets on a process's threads; None if it is unset or not a number.
 

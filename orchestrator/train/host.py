@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
+from orchestrator.bases import folder_on_this_node
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.train import heartbeat
 from orchestrator.train.context import HostContext
@@ -79,6 +80,7 @@ class TrainHost:
             BaseError: the base cannot be loaded.
         """
         heartbeat.enter("loading the base")
+        base = base.model_copy(update={"folder": str(folder_on_this_node(base))})
         # Before the process group exists: see `load_deepspeed`.
         if execution.executor == "deepspeed":
             deepspeed_engine.load_deepspeed(execution.device)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import SelectionError
@@ -17,6 +18,8 @@ from orchestrator.values import Value
 ADAPTER, DELTA = "adapter", "delta"
 ADAPTER_FILE, ADAPTER_CONFIG, DELTA_FILE = "adapter_model.safetensors", "adapter_config.json", "delta.safetensors"
 PEFT_PREFIX = "base_model.model."
+PEFT_ROWS = ".token_adapter.trainable_tokens_delta"
+"""Suffix of PEFT's name for the trained rows of an embedding or output projection, in place of `.new_rows`."""
 UNSUPPORTED: dict[str, object] = {
     "bias": "none",
     "rank_pattern": {},
@@ -128,10 +131,13 @@ def peft_modules(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def new_shapes(anatomy: ModelAnatomy, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of tensors that may be new: an untied head; for `classify`, the classifier and an encoder's pooler."""
+    """Return the shapes of tensors that may be new: an untied head, the rows of new tokens; for `classify`, the classifier and an
+    encoder's pooler."""
+    names = (anatomy.embeddings[0], anatomy.head_weight) if anatomy.new_rows else ()
+    rows = {name.removesuffix("weight") + NEW_ROWS: (len(anatomy.new_rows), anatomy.hidden_size) for name in names}
     if not num_classes:
-        return {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
-    shapes: dict[str, tuple[int, ...]] = {info.name: info.shape for info in anatomy.new_tensors}
+        return rows | {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = rows | {info.name: info.shape for info in anatomy.new_tensors}
     shapes[anatomy.classifier_weight] = (num_classes, anatomy.hidden_size)
     if anatomy.classifier_bias:
         shapes[anatomy.classifier_bias] = (num_classes,)
@@ -190,7 +196,9 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, StoredAdapter], dict[str, Te
     whole: dict[str, TensorInfo] = {}
     for key, info in by_name.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
-        if suffix is None:
+        if key.endswith(PEFT_ROWS):
+            whole[f"{key.removesuffix(PEFT_ROWS)}.{NEW_ROWS}"] = info
+        elif suffix is None:
             whole[key.replace(".modules_to_save", "")] = info
         else:
             modules.setdefault(key.removesuffix(suffix), {})[suffix] = info

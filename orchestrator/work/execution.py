@@ -74,6 +74,14 @@ class BaseLoad(Value):
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     revision: str | None = None
+    """The hub's commit; of a local folder what the spec says."""
+    hub_id: str = ""
+    """Id of the repository on the hub that `folder` is a copy of; empty for a local folder."""
+
+    @property
+    def shown(self) -> str:
+        """Return what people call the base: its id on the hub with the commit, or its folder."""
+        return f"{self.hub_id} at {(self.revision or '')[:12]}" if self.hub_id else self.folder
 
     @property
     def traits(self) -> TaskTraits:

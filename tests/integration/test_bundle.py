@@ -291,6 +291,8 @@ print("exported")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trials, BundleInputs, Path]:
     """A committed bundle of a LoRA trial, with scores."""
     trials = Trials(tmp_path_factory.mktemp("finished"))
+    for name in ("tekken.json", "NOTICE", "train.jsonl"):
+        (trials.base / name).write_text("{}")
     head = trials.trial("head", "full", seed=5)
     inputs = trials.trial(controls={"head": head.artifact}, spec={"base": {"model": str(trials.base)}, "name": "test-run"})
     staged = stage_bundle(inputs, trials.folder / "run" / "bundle")
@@ -313,6 +315,45 @@ def test_a_finished_bundle_loads_without_this_package(finished: tuple[Trials, Bu
     assert done.stdout.strip().endswith("exported"), done.stderr
 
 
+HUB_EXPORT = """
+import sys
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 20)[None]
+with torch.no_grad():
+    merged = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)(input_ids=ids).logits
+    adapted = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1] + "/adapter", dtype=torch.float32).eval()(input_ids=ids).logits
+assert (merged - adapted).abs().max() < 0.01 * merged.abs().max()
+print("exported")
+"""
+
+
+def test_an_adapter_finds_its_base_from_the_hub_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A snapshot consists of links; the bundle has the files themselves, and its adapter the id and the commit."""
+    trials, commit = Trials(tmp_path), "0123456789abcdef0123456789abcdef01234567"
+    (trials.base / "NOTICE").write_text("terms")
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(trials.base.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    trials.load = trials.load.model_copy(update={"folder": str(snapshot), "hub_id": "owner/tiny", "revision": commit})
+    trials.anatomy = read_anatomy(snapshot, need_weights=True)
+    folder = stage_bundle(trials.trial(), tmp_path / "bundle").folder
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", commit)
+    assert (folder / "NOTICE").read_text() == "terms"
+    assert not any(file.is_symlink() for file in folder.rglob("*"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "-I", "-c", HUB_EXPORT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert done.stdout.strip().endswith("exported"), done.stderr
+
+
 def test_the_files_of_a_bundle_have_the_mode_of_a_new_file(finished: tuple[Trials, BundleInputs, Path], tmp_path: Path):
     """Whoever serves it may be another user; safetensors writes 0600."""
     files = [path for path in finished[2].rglob("*") if path.is_file()]
@@ -331,6 +372,8 @@ def test_a_finished_bundle_says_where_it_comes_from_and_its_base_alone_by_its_pl
     assert record.versions["torch"].split("+")[0] == torch.__version__.split("+")[0], "a build may name itself after a +"
     listed = {file.path for file in check_folder(bundle).files}
     assert {"README.md", "spec.json", "config.json", "tokenizer.json", "adapter/adapter_model.safetensors"} <= listed
+    assert {"tekken.json", "NOTICE"} <= listed
+    assert {each.path: each.reason for each in record.left_out} == {"train.jsonl": "data or log"}
     for file in bundle.rglob("*"):
         if file.name == "adapter_config.json":  # PEFT loads the base from there
             config = json.loads(file.read_text())

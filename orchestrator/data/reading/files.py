@@ -14,8 +14,10 @@ from typing import Any, cast
 
 from orchestrator.data.reading.formats import READ, SUFFIXES, data_suffix, read_rows, sniff
 from orchestrator.data.reading.formats.sniff import TEXT_SUFFIXES
+from orchestrator.data.reading.hub_data import find_hub_data
 from orchestrator.data.reading.row import BadRow, Row
 from orchestrator.errors import DataError
+from orchestrator.spec.hub_ids import HUB
 from orchestrator.units import printable
 
 SPLIT_WORDS = {
@@ -54,6 +56,8 @@ class Found:
     """Names of ignored files that probably hold data, by reason."""
     is_folder: bool = False
     is_glob: bool = False
+    origin: str = ""
+    """Sentence about the commit of a data set of the hub."""
 
     def all_files(self) -> list[Path]:
         return sorted(path for paths in self.files.values() for path in paths)
@@ -69,14 +73,17 @@ class Found:
 
 
 def find_files(pattern: str) -> Found:
-    """Return the files of a path, a folder (recursively) or a glob, sorted by path.
+    """Return the files of a path, a folder (recursively), a glob, sorted by path, or of a data set of the hub.
 
     Raises:
         DataError: nothing there; names what lies near.
     """
     path = Path(pattern)
     found = Found(pattern)
-    if path.is_file():
+    if pattern.startswith(HUB):
+        splits, found.origin = find_hub_data(pattern)
+        found.is_folder, found.files = True, _known_splits(splits, pattern)
+    elif path.is_file():
         found.files[""] = [path]
     elif path.is_dir():
         found.is_folder = True
@@ -271,23 +278,35 @@ def find_saved(folder: Path) -> dict[str, list[Path]] | None:
         DataError: a file that it names is missing or damaged, or a split has a name that says nothing.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits: dict[str, list[Path]] = {}
-        for name in _strings(_read(folder / "dataset_dict.json").get("splits")):
-            split = SAVED_SPLITS.get(name, "")
-            if not split:
-                known = ", ".join(SAVED_SPLITS)
-                raise DataError(
-                    f"the saved DatasetDict has a split {name!r}",
-                    where=str(folder),
-                    expected=f"splits named {known}",
-                    remedy=f"give the folders of its splits one by one, for example {folder / name}",
-                )
-            splits.setdefault(split, []).extend(_files_of(folder / name))
-        # A single split is simply the data, whatever its name.
-        return splits if len(splits) > 1 else {"": [path for files in splits.values() for path in files]}
+        names = _strings(_read(folder / "dataset_dict.json").get("splits"))
+        return _known_splits({name: _files_of(folder / name) for name in names}, str(folder))
     if (folder / "state.json").is_file() and "_data_files" in _read(folder / "state.json"):
         return {"": _files_of(folder)}
     return None
+
+
+def _known_splits(files: dict[str, list[Path]], where: str) -> dict[str, list[Path]]:
+    """Return the files of a data set by our names of its splits; of a single split under an empty name.
+
+    Raises:
+        DataError: one of several splits has a name that says nothing.
+    """
+    splits: dict[str, list[Path]] = {}
+    for name, paths in files.items():
+        split = SAVED_SPLITS.get(name, "")
+        if not split and len(files) > 1:
+            example = (
+                f"{where}{'/' if where.count(':') > 1 else ':/'}{name}" if where.startswith(HUB) else str(Path(where) / name)
+            )
+            raise DataError(
+                f"the data set has a split {name!r}",
+                where=where,
+                expected=f"splits named {', '.join(SAVED_SPLITS)}",
+                remedy=f"give its splits one by one, for example {example}",
+            )
+        splits.setdefault(split, []).extend(paths)
+    # A single split is simply the data, whatever its name.
+    return splits if len(splits) > 1 else {"": [path for paths in splits.values() for path in paths]}
 
 
 def _files_of(folder: Path) -> list[Path]:

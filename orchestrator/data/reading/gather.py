@@ -60,6 +60,8 @@ def find_sources(loaded: LoadedSpec, left_out: LeftOut | None = None) -> Sources
     _drop_held_out(found, notes)
     _drop_repeated(found, notes)
     sources: Sources = {}
+    for origin in dict.fromkeys(entry.origin for _, _, entry in found if entry.origin):
+        notes.info(origin)
     for name, weight, entry in found:
         for split, files in entry.files.items():
             target = split or name

@@ -135,7 +135,7 @@ def _without_gradient(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple
     # The second-last component of a parameter's name is its module: `model.layers.0.self_attn.q_proj.weight` -> `q_proj`.
     readers = [name for name in linears if name.split(".")[-2] in QUERY_KEY_VALUE]
     # A policy by score is planned with its cut at 0 while its blocks are unknown: there, everything may have a gradient.
-    if selection.pending or not readers or set(names) & set(selection.trainable):
+    if selection.pending or selection.trains_embeddings or not readers or set(names) & set(selection.trainable):
         return 0, False
     after = [name for name in linears if is_attention(anatomy, name) and name not in readers]
     mlp = [name for name in linears if not is_attention(anatomy, name)]

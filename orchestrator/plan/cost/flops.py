@@ -8,6 +8,7 @@ head size), k the share of the blocks above the cut.
 
 from __future__ import annotations
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.cost.blocks import (
     BACKWARD_MATMULS,
@@ -142,7 +143,9 @@ def _adapter_terms(
 def runs_head_twice(anatomy: ModelAnatomy, selection: LayerSelection, execution: ExecutionPlan, data: DataSize) -> bool:
     """Return whether logits are computed again in the backward pass: for a head with an adapter, or a partitioned one, whose
     float32 logits of a micro-batch need several chunks. Any other head computes its gradient together with the loss."""
-    plain = anatomy.head_weight not in selection.adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
+    own_rows = any(name.endswith(NEW_ROWS) for name in selection.trainable)
+    adapted = own_rows or anatomy.head_weight in selection.adapted
+    plain = not adapted and not (execution.executor == "deepspeed" and execution.zero_stage == 3)
     positions = execution.micro_batch_rows * execution.row_tokens * data.supervised_share
     return not (data.num_classes or plain) and 4 * positions * anatomy.vocab_size > LOGIT_CHUNK_BYTES
 

@@ -87,7 +87,13 @@ def _block(
     trained = (learning | adapted).intersection(names)
     kept_inputs = _kept_inputs(anatomy, block, trained)
     # Backward ends in the block at the cut: where only its MLP is trained, it does not get to the attention.
-    attends = block != selection.cut or not trained or kept_inputs.attention or kept_inputs.attention_output
+    attends = (
+        block != selection.cut
+        or selection.trains_embeddings
+        or not trained
+        or kept_inputs.attention
+        or kept_inputs.attention_output
+    )
     mlp, working, at_weight = _mlp(anatomy, block, learning, element_bytes, kept_inputs)
     kept = (
         _norms(anatomy, names, learning, element_bytes)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy
 from orchestrator.plan.memory.activations import BlockActivations, Peak, activations, attends_by_document
 from orchestrator.plan.memory.counted import counted_activations
 from orchestrator.plan.memory.experts import NO_EXPERTS, ExpertFootprint, expert_footprint
 from orchestrator.plan.memory.quantized import dequantize_scratch_bytes, quantized_bytes
 from orchestrator.spec.models import Quantize
+from orchestrator.work.artifact import new_shapes
 from orchestrator.work.remedies import AnchorPlan
 
 
@@ -49,7 +51,7 @@ class Footprint:
     """Peaks of the forward pass of one block if nothing is kept."""
     head_learns: bool
     head_adapted: bool
-    """True if the output projection has an adapter."""
+    """True if the output projection has an adapter, or rows of its own for new tokens."""
     hidden_size: int
     logit_width: int
     """Size of the vocabulary, or number of classes."""
@@ -115,7 +117,7 @@ def make_footprint(
         backward_blocks=tuple(dict.fromkeys(above)),
         forward_peaks=tuple(dict.fromkeys(peak for block in every for peak in block.forward_peaks)),
         head_learns=_head_learns(anatomy, selection),
-        head_adapted=anatomy.head_weight in selection.adapted,
+        head_adapted=anatomy.head_weight in selection.adapted or any(name.endswith(NEW_ROWS) for name in selection.trainable),
         hidden_size=anatomy.hidden_size,
         logit_width=num_classes or anatomy.vocab_size,
         one_target_per_row=num_classes > 0,
@@ -151,6 +153,7 @@ def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_cla
     }
     shapes |= {anatomy.classifier_weight: (num_classes, anatomy.hidden_size), anatomy.classifier_bias: (num_classes,)}
     shapes.setdefault(anatomy.head_weight, head)
+    shapes |= new_shapes(anatomy, num_classes)
     trainable, adapted, lora_rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0
     counts: list[int] = []
     for name, shape in shapes.items():

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateUsage]
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, TensorInfo
 from orchestrator.errors import IntegrityError, OrchestratorError, TrainingError
 from orchestrator.spec.adapters import PLAIN_LORA, AdapterOptions
@@ -37,6 +38,7 @@ from orchestrator.work.artifact import (
     DELTA,
     DELTA_FILE,
     PEFT_PREFIX,
+    PEFT_ROWS,
     Artifact,
     peft_modules,
     read_artifact,
@@ -94,6 +96,7 @@ def ready_artifact(branch: Branch, tensors: Mapping[str, torch.Tensor]) -> Ready
             "policy": selection.policy,
             "base_config_sha256": branch.base.anatomy.config_sha256,
             "trainable": sorted(whole),
+            "new_rows": list(branch.base.anatomy.new_rows) if any(name.endswith(NEW_ROWS) for name in whole) else [],
             "unties_head": selection.unties_head,
             "new_classifier": selection.new_classifier,
             "task": branch.base.load.task,
@@ -147,7 +150,8 @@ def _own_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _peft_config(branch: Branch) -> LoraConfig:
     selection, anatomy = branch.selection, branch.base.anatomy
-    modules = sorted({name.rpartition(".")[0] for name in selection.trainable})
+    rows = {name.removesuffix(f".{NEW_ROWS}") for name in selection.trainable if name.endswith(f".{NEW_ROWS}")}
+    modules = sorted({name.rpartition(".")[0] for name in selection.trainable} - rows)
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     parameters = _target_parameters(branch)
     return LoraConfig(
@@ -166,6 +170,7 @@ def _peft_config(branch: Branch) -> LoraConfig:
         # PEFT's word for linear layers that lie [in, out]; it sets the option back for each layer of the other kind.
         fan_in_fan_out=not (set(selection.adapted) - anatomy.routed).isdisjoint(anatomy.transposed),
         modules_to_save=modules or None,
+        trainable_token_indices={name: list(branch.base.anatomy.new_rows) for name in sorted(rows)} or None,
     )
 
 
@@ -181,7 +186,10 @@ def _target_parameters(branch: Branch) -> list[str]:
 
 
 def _peft_name(name: str, modules: Mapping[str, str]) -> str:
-    """Return the name under which PEFT saves a trained tensor: `experts.down_proj.lora_A.weight` -> `experts.lora_A.weight`."""
+    """Return the name under which PEFT saves a trained tensor: `experts.down_proj.lora_A.weight` -> `experts.lora_A.weight`,
+    `embed_tokens.new_rows` -> `embed_tokens.token_adapter.trainable_tokens_delta`."""
+    if name.endswith(f".{NEW_ROWS}"):
+        return name.removesuffix(f".{NEW_ROWS}") + PEFT_ROWS
     for suffix in LIVE_NAMES:
         if name.endswith(suffix) and (module := modules.get(name.removesuffix(suffix))) is not None:
             return module + suffix
@@ -270,6 +278,7 @@ def selection_of(base: LoadedBase, folder: Path) -> tuple[LayerSelection, int]:
         adapted=tuple(artifact.adapters),
         frozen=tuple(name for name, _ in base.model.named_parameters() if name not in learns),
         cut=min(blocks, default=anatomy.num_blocks),
+        trains_embeddings=any(name.startswith(anatomy.embeddings[0].removesuffix("weight")) for name in artifact.whole),
         unties_head=anatomy.tied and anatomy.head_weight in learns,
         new_classifier=anatomy.classifier_weight in learns,
         num_trainable_parameters=sum(info.num_elements for info in stored.values()),

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection
 from orchestrator.errors import BaseLostError, SelectionError, TrainingError
 from orchestrator.train.adapters.layers import ADAPTED_MODULES, adapt
 from orchestrator.train.adapters.naming import AdapterSpec, adapted_name, own_parameters, stable_name
+from orchestrator.train.adapters.new_rows import install_new_rows
 from orchestrator.train.model.base import LoadedBase, initial_value, new_parameter_names
 from orchestrator.train.model.heads import head_of
 
@@ -145,9 +147,10 @@ def open_branch(
     try:
         check_names(base, selection)
         undo.callback(ModuleStates(base.model).restore)
+        rows = install_new_rows(base, selection, undo)
         new = _new_parameters(base, selection, seed, undo)
         keeper = keeper or PlainKeeper()
-        _unfreeze(base, [name for name in selection.trainable if name not in new], keeper, undo)
+        _unfreeze(base, [name for name in selection.trainable if name not in new | rows], keeper, undo)
         if selection.adapted:
             adapt(base, [AdapterSpec(selection, lora_alpha, seed)], undo, keeper.whole)
         for name in selection.trainable:
@@ -193,6 +196,7 @@ def _module_of(parameter_name: str) -> str:
 def check_names(base: LoadedBase, selection: LayerSelection) -> None:
     """Raise SelectionError if a name does not exist in the model, or the selection omits one."""
     known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
+    known |= {name for name in selection.trainable if name.endswith(f".{NEW_ROWS}")}
     for name in (*selection.trainable, *selection.adapted):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)

@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from orchestrator.data import TokenizedSet
+from orchestrator.store import cache_folder
 from orchestrator.train.batches import RowPlan
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
@@ -26,8 +27,8 @@ MEMORY_SHARE = 0.25
 
 
 def default_folder() -> Path:
-    """Return the user's cache folder on this machine, or the one that ORCHESTRATOR_CACHE names."""
-    return Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "orchestrator") / "trunk"
+    """Return the folder of stored hidden states on this machine."""
+    return cache_folder() / "trunk"
 
 
 class TrunkLibrary:

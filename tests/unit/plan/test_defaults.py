@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
+from orchestrator.anatomy import read_anatomy, resolve_base
 from orchestrator.errors import SpecError
 from orchestrator.plan import make_plan
 from orchestrator.plan.defaults import default_finetune, default_search, usual_lora_rate, with_section
 from orchestrator.samples import SAMPLE_BASE
-from orchestrator.spec import load_spec, spec_sha256
+from orchestrator.spec import LoadedSpec, load_spec, spec_sha256
 
 MINIMAL = {"name": "mine", "base": {"model": "sample"}, "task": "completion", "data": {"train": "train.jsonl"}}
+
+
+def filled(loaded: LoadedSpec, job: Any) -> LoadedSpec:
+    base = resolve_base(loaded.spec.base.model, loaded.folder)
+    return with_section(loaded, job, lambda: read_anatomy(base, need_weights=False))
 
 
 def write(folder: Path, **sections: Any) -> Path:
@@ -53,30 +59,30 @@ def test_rates_follow_the_width(base: Any, hidden_size: int, usual: float, lora:
 
 @pytest.mark.parametrize("job", ["sweep", "finetune"])
 def test_a_spec_with_neither_section_gets_the_one_that_is_asked_for(tmp_path: Path, job: Any) -> None:
-    loaded = with_section(load_spec(write(tmp_path)), job)
+    loaded = filled(load_spec(write(tmp_path)), job)
     name = "search" if job == "sweep" else "finetune"
     assert getattr(loaded.spec, name) is not None
     assert loaded.defaulted.startswith(f"the spec has no `{name}` section; the default")
-    assert with_section(loaded, job) == loaded, "asked again it stays what it is"
+    assert filled(loaded, job) == loaded, "asked again it stays what it is"
 
 
 def test_written_out_it_is_the_same_run(tmp_path: Path) -> None:
-    loaded = with_section(load_spec(write(tmp_path)), "sweep")
+    loaded = filled(load_spec(write(tmp_path)), "sweep")
     assert loaded.spec.search is not None
     written = load_spec(write(tmp_path, search=loaded.spec.search.model_dump(mode="json")))
     assert spec_sha256(written.spec, "sweep") == spec_sha256(loaded.spec, "sweep")
-    assert with_section(written, "sweep").defaulted == ""
+    assert filled(written, "sweep").defaulted == ""
 
 
 def test_the_other_jobs_section_is_no_reason_to_guess(tmp_path: Path) -> None:
     loaded = load_spec(write(tmp_path, finetune={}))
-    assert with_section(loaded, "finetune") is loaded
+    assert filled(loaded, "finetune") is loaded
     with pytest.raises(SpecError, match="the job `sweep` needs this section"):
-        with_section(loaded, "sweep")
+        filled(loaded, "sweep")
 
 
 def test_the_plan_tells_it_in_a_line(tmp_path: Path, base: Any, data: Any, cores: Any) -> None:
-    loaded = with_section(load_spec(write(tmp_path)), "sweep")
+    loaded = filled(load_spec(write(tmp_path)), "sweep")
     plan = make_plan(loaded, base("tiny"), data(), cores(), job="sweep", spec_sha256="0" * 64)
     assert plan.notes[0] == (
         "the spec has no `search` section; the default search: last:2, last:4, all x lora r16 at 0.0005 to 0.009, 12 trials"
@@ -87,11 +93,11 @@ def test_a_shallow_base_gets_the_layers_that_it_has(tmp_path: Path) -> None:
     config = json.loads((SAMPLE_BASE / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     base = {"model": str(tmp_path)}
-    shallow = with_section(load_spec(write(tmp_path, base=base, search={"trials": 4})), "sweep")
+    shallow = filled(load_spec(write(tmp_path, base=base, search={"trials": 4})), "sweep")
     assert shallow.spec.search is not None
     assert (shallow.spec.search.layers, shallow.spec.search.trials) == (("last:1", "all"), 4)
     assert shallow.defaulted == "`search` names no layers; the base has 2 of them: last:1, all"
     deep = load_spec(write(tmp_path, search={"trials": 4}))
-    assert with_section(deep, "sweep") is deep
+    assert filled(deep, "sweep") is deep
     named = load_spec(write(tmp_path, base=base, search={"layers": ["last:4"]}))
-    assert with_section(named, "sweep") is named, "what is written is judged where it is written"
+    assert filled(named, "sweep") is named, "what is written is judged where it is written"

@@ -62,6 +62,19 @@ def test_a_training_gets_enough_steps_where_it_has_the_documents(documents: int,
     assert found >= min(0.9 * MIN_TOTAL_STEPS, 0.9 * epochs * documents)
 
 
+@pytest.mark.parametrize(
+    ("documents", "mean", "longest"),
+    [(124, 16.3, 23), (1636, 13.0, 40), (5452, 13.0, 40), (300, 17.8, 64), (9002, 18.3, 64)],
+    ids=["shop messages", "TREC, 1,636 rows", "TREC", "banking77, 300 rows", "banking77"],
+)
+def test_short_texts_to_classify_get_steps_of_a_few_documents(documents: int, mean: float, longest: int) -> None:
+    """A fixed number of tokens gave 1,636 questions six steps. Usual recipes take about 32 documents a step."""
+    tokens = round(documents * mean)
+    step = auto_tokens_per_step(documents, tokens, longest, 2.0)
+    assert step / mean < 32
+    assert 2 * tokens / step > 80
+
+
 def test_a_step_holds_the_longest_document_and_is_bounded() -> None:
     assert auto_tokens_per_step(300, 6000, 500, 2.0) == 512
     assert auto_tokens_per_step(10**8, 10**11, 10**6, 2.0) == math.ceil(10**6 / 16) * 16, "the longest document goes before"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.bases import FolderBase
 from orchestrator.errors import BaseError, PlanError
 from orchestrator.runtime import cluster
 from orchestrator.units import MIB
@@ -44,16 +45,17 @@ def test_every_node_must_see_the_runs_folder(two_nodes: None, tmp_path: Path, mo
 @pytest.mark.ray
 def test_every_node_must_have_the_base(two_nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
+    base = FolderBase(tmp_path)
     wanted = {"model.safetensors": cluster.file_identity(tmp_path / "model.safetensors")}
     assert wanted["model.safetensors"].startswith("7 bytes, ")
-    cluster.require_base_everywhere(tmp_path, wanted)
+    cluster.require_base_everywhere(tmp_path, wanted, base)
     with pytest.raises(BaseError, match=r"on [0-9.]+, model\.safetensors differs") as caught:
-        cluster.require_base_everywhere(tmp_path, {"model.safetensors": "8 bytes, abc"})
+        cluster.require_base_everywhere(tmp_path, {"model.safetensors": "8 bytes, abc"}, base)
     assert caught.value.exit_code == 2
     assert caught.value.where == str(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BaseError, match=r"model\.safetensors is missing"):
-        cluster.require_base_everywhere(Path("/proc/self/cwd"), wanted)  # of each process another folder
+        cluster.require_base_everywhere(Path("/proc/self/cwd"), wanted, base)  # of each process another folder
 
 
 def test_a_gpu_that_the_driver_tool_does_not_list_is_an_error_of_the_plan(

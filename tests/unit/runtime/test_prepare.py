@@ -17,7 +17,7 @@ from orchestrator.errors import RunConflictError, UsageError
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.report.terminal import LogView
-from orchestrator.runtime.prepare import Prepared, open_run, prepare, reopen
+from orchestrator.runtime.prepare import Prepared, base_of, open_run, prepare, reopen
 from orchestrator.spec import load_spec
 from orchestrator.store import read_jsonl, write_json
 from orchestrator.units import GIB
@@ -56,7 +56,8 @@ def test_what_stands_in_for_a_section_is_told(tmp_path: Path, base: Path, shown:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {"name": "run", "base": {"model": "base"}, "task": "completion", "data": {"train": "train.jsonl"}}
     YAML().dump(spec, tmp_path / "spec.yaml")
-    loaded = with_section(load_spec(tmp_path / "spec.yaml"), "sweep")
+    given = load_spec(tmp_path / "spec.yaml")
+    loaded = with_section(given, "sweep", lambda: base_of(given, None).anatomy())
     view, cluster = LogView(shown), ClusterDescription(nodes=(NodeDescription(num_cpus=2, memory_bytes=8 * GIB),))
     with open_run(loaded, "sweep", tmp_path / "runs", view) as run:
         prepare(loaded, "sweep", run, view, lambda: cluster)

@@ -206,3 +206,25 @@ def test_the_config_changes_only_where_the_model_does():
 )
 def test_a_base_is_shown_without_this_machines_folders(name: str, shown: str):
     assert base_label(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "said"),
+    [
+        ("llama", "last:2", True),
+        ("llama", "head", True),
+        ("gemma2", "last:2", True),
+        ("gemma2", "head", False),
+        ("bloom", "all", False),
+    ],
+)
+def test_the_card_names_the_gguf_converter_where_it_keeps_what_was_trained(
+    inputs_of: Callable, model_type: str, layers: str, said: bool
+):
+    inputs = inputs_of(tune="full")
+    anatomy = inputs.anatomy.model_copy(update={"model_type": model_type})
+    selection = select(inputs.anatomy, layers, "full", None, task="completion", num_classes=0)
+    card = model_card(
+        inputs.model_copy(update={"anatomy": anatomy, "selection": selection}), TransferReport(verification=FIGURES), {}
+    )
+    assert ("convert_hf_to_gguf.py . --outfile model.gguf" in card) == said

@@ -65,7 +65,7 @@ def test_the_base_has_its_id_and_never_a_path_of_this_machine(inputs_of: Callabl
 
 
 def test_data_sets_of_the_hub_are_named_and_files_are_not(inputs_of: Callable[..., BundleInputs]) -> None:
-    train = [{"path": "hub:org/rows", "weight": 1.0}, {"path": "/home/somebody/private.jsonl", "weight": 1.0}]
+    train = [{"path": "hub:org/rows@v1:easy/train", "weight": 1.0}, {"path": "/home/somebody/private.jsonl", "weight": 1.0}]
     card = card_of(inputs_of(spec={"data": {"train": train}}))
     assert card.data.datasets == ["org/rows"]
     assert "private.jsonl" not in card.content

@@ -150,10 +150,10 @@ ROWS = [
     ("search:\n", "search:\n  layer_decay: [0.8, 0.8]\n", "search.layer_decay[1]", 11, 22, "is a duplicate of", "remove one"),
     ("search:\n", "search:\n  layer_decay: [1.2]\n", "search.layer_decay[0]", 11, 17, "at most 1", ""),
     # not built yet
-    ("model: sample", "model: meta-llama/Llama-3.1-8B", "base.model", 3, 10, "not supported yet: hub ids", "give its folder"),
-    ("model: sample", "model: smaple", "base.model", 3, 10, "not supported yet: hub ids", "did you mean sample?"),
+    ("model: sample", "model: smaple", "base.model", 3, 10, "there is no folder 'smaple'", "did you mean sample?"),
     ("train: train.jsonl", "train: s3://bucket/x", "data.train", 6, 10, "not supported yet", "local file"),
-    ("train: train.jsonl", "train: [{path: hub:a/b}]", "data.train[0].path", 6, 18, "not supported yet", "local file"),
+    ("train: train.jsonl", "train: [{path: hub:a/b/c}]", "data.train[0].path", 6, 18, "not a data set of the hub",
+     "write hub:org/name, hub:org/name@revision"),
     ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
     ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "rejected", "layout"),
@@ -215,7 +215,7 @@ def test_a_duplicate_key_is_refused_at_its_second_place(tmp_path: Path) -> None:
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = (
-        GOOD.replace("model: sample", "model: org/model")
+        GOOD.replace("model: sample", "model: smaple")
         .replace("max_tokens: 512", 'max_tokens: "512"')
         .replace("epochs: 2", "epochs: 2\n  epochs: 3\n  epoks: 2")
         .replace('"last:2"', "4, lst:2")

@@ -51,7 +51,7 @@ def test_normal_forms(text: str, normal: str) -> None:
 
 
 def test_a_policy_is_understood() -> None:
-    assert parse_policy("blocks:0-1,4+head") == Policy("blocks", ranges=((0, 1), (4, 4)), with_head=True)
+    assert parse_policy("blocks:0-1,4+head") == Policy("blocks", ranges=((0, 1), (4, 4)), extras=("head",))
     assert parse_policy("last:3") == Policy("last", count=3)
 
 

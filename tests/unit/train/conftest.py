@@ -92,7 +92,8 @@ def base_of() -> Callable[..., LoadedBase]:
     """(folder, quantize=, task=, dtype=) -> the loaded base."""
 
     def load(folder: Path, *, quantize: str = "none", task: str = "completion", dtype: torch.dtype = torch.float32) -> LoadedBase:
-        anatomy = read_anatomy(folder, need_weights=True)
+        # Two tokens of every test's text, so that `+new_tokens` has rows to train.
+        anatomy = read_anatomy(folder, need_weights=True).model_copy(update={"new_rows": (3, 11)})
         classes = {"num_classes": NUM_CLASSES, "class_names": ("low", "mid", "high")} if task == "classify" else {}
         values = {"folder": str(folder), "model_type": anatomy.model_type, "quantize": quantize, "task": task, **classes}
         return load_base(BaseLoad.model_validate(values), anatomy, dtype=dtype, device=torch.device("cpu"))

@@ -85,6 +85,9 @@ def test_artifacts_load_in_a_process_without_this_package(
             (tied, "none", "completion", "last:2", "full"),
             (tied, "none", "completion", "head", "full"),
             (untied, "none", "completion", "blocks:0,2+head", "full"),
+            (tied, "none", "completion", "last:1+new_tokens+norms", "lora"),
+            (untied, "none", "completion", "last:1+new_tokens", "lora"),
+            (tied, "none", "completion", "last:1+embeddings", "full"),
             (bert_folder, "none", "classify", "last:1", "full"),
         ]
     ):

@@ -58,6 +58,12 @@ def state_of(base: LoadedBase) -> tuple[dict[str, str], dict[str, int], int, boo
         ("head", "full"),
         ("last:1+head", "lora"),
         ("all+head", "full"),
+        ("last:1+embeddings+norms", "lora"),
+        ("last:2+embeddings+norms", "full"),
+        ("last:1+head+embeddings", "full"),
+        ("last:1+new_tokens", "lora"),
+        ("head+new_tokens", "full"),
+        ("last:1+new_tokens+norms", "full"),
         ("none", "full"),
     ],
 )
