@@ -231,7 +231,8 @@ class Bundle:
     folder: Path
 
     def load(self, **options: Any) -> tuple[Any, Any]:
-        """Return model and tokenizer loaded by plain transformers; a classifier as `AutoModelForSequenceClassification`.
+        """Return model and tokenizer loaded by plain transformers; a classifier as `AutoModelForSequenceClassification`, or as
+        the `Classifier` of its own `classify.py`, whose output has `logits` too.
 
         Args:
             options: For the model's `from_pretrained`, such as `device_map="auto"`.
@@ -241,11 +242,16 @@ class Bundle:
         """
         import transformers
 
+        from orchestrator.serve.classifier import has_head_file, load_classifier
         from orchestrator.serve.loading import serving_class
         from orchestrator.serve.predict import read_spec
 
-        kind = getattr(transformers, serving_class(self.folder, TASKS[read_spec(self.folder)["task"]].head.auto_model))
-        model = kind.from_pretrained(self.folder, **{"local_files_only": True, "dtype": "auto", **options})
+        options = {"local_files_only": True, "dtype": "auto", **options}
+        head = TASKS[read_spec(self.folder)["task"]].head
+        if head.is_new and has_head_file(self.folder):
+            model = load_classifier(self.folder, **options)
+        else:
+            model = getattr(transformers, serving_class(self.folder, head.auto_model)).from_pretrained(self.folder, **options)
         return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:

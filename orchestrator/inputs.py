@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.anatomy import pooled_for
 from orchestrator.bases import locate_base, record_base
 from orchestrator.data import DataSummary, prepare_data
 from orchestrator.data.reading.measure import measure_data
@@ -44,7 +45,8 @@ def plan_of(loaded: LoadedSpec, *, job: str = "", cluster_file: Path | None = No
     chosen = cast("Job", job or ("finetune" if alone else "sweep"))
     base = locate_base(spec.base, loaded.folder)
     loaded = with_section(loaded, chosen, lambda: base.anatomy(spec.task))
-    spec, anatomy = loaded.spec, base.anatomy(loaded.spec.task)
+    spec = loaded.spec
+    anatomy = pooled_for(base.anatomy(spec.task), spec)
     size, labels = measure_data(loaded)
     cluster, sha256 = cluster_of(cluster_file, address), spec_sha256(spec, chosen)
     plan = make_plan(loaded, anatomy, size, cluster, job=chosen, spec_sha256=sha256, resize=lambda step: size.with_step(*step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +28,10 @@ def resolve_base(model: str, spec_folder: Path) -> Path:
     if model == "sample":
         return Path(SAMPLE_BASE).resolve()
     return (spec_folder / Path(model).expanduser()).resolve()
+
+
+ADDED_TOKENS = "added_tokens.orchestrator.json"
+"""File of a base's folder, written by `bases.added_tokens`: which tokens were added to it."""
 
 
 def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "completion") -> ModelAnatomy:
@@ -61,7 +66,14 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
     if stored is not None:
         stored, notes = decoded(folder, values, stored)
     anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
-    return settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
+    anatomy = settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
+    return anatomy.model_copy(update={"new_rows": _new_rows(folder)})
+
+
+def _new_rows(folder: Path) -> tuple[int, ...]:
+    """Return the ids of the tokens that `base.add_tokens` added to the base in this folder."""
+    file = folder / ADDED_TOKENS
+    return tuple(json.loads(file.read_bytes())["ids"]) if file.is_file() else ()
 
 
 def _read(

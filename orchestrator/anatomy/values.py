@@ -140,6 +140,22 @@ class Ways(Value):
     """Name of a field above -> what was seen."""
 
 
+class Pooling(Value):
+    """What a new classifier reads of a text, decided once (`anatomy.pooling`)."""
+
+    kind: Literal["class", "mean", "cls", "last"] = "class"
+    """`class`: what the transformers class of the base reads; else the mean over the text's tokens, the first or the last."""
+    config: dict[str, str] = {}
+    """Keys of config.json with which the transformers class itself pools so; empty if it needs none, or cannot."""
+    reason: str = ""
+    """Why, for people."""
+
+    @property
+    def by_class(self) -> bool:
+        """True if the transformers class pools so: the bundle needs no head file."""
+        return self.kind == "class" or bool(self.config)
+
+
 class ModelAnatomy(Value):
     """The structure of a base, from config.json and safetensors headers only.
 
@@ -228,6 +244,8 @@ class ModelAnatomy(Value):
     """Parameters outside the text model (vision and audio towers, projectors): frozen, and kept as they are."""
     extra: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class does not have (layers for multi-token prediction, value heads)."""
+    pooling: Pooling = Pooling()
+    """What a new classifier reads of a text."""
     buffers: tuple[TensorInfo, ...] = ()
     """Stored tensors that the class has and that are no parameters (a router's correction): loaded, never trained, kept."""
     copies: tuple[TensorInfo, ...] = ()

@@ -8,53 +8,54 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.anatomy.values import ModelAnatomy
-from orchestrator.anatomy.weights import INDEX, read_header
+from orchestrator.anatomy import ModelAnatomy, TensorInfo, read_anatomy
+from orchestrator.anatomy.reader import ADDED_TOKENS
+from orchestrator.anatomy.weights import header_file, read_header
 from orchestrator.errors import BaseError
 from orchestrator.store import read_json, write_json
 from orchestrator.values import content_hash
 
-RECORD = "added_tokens.orchestrator.json"
-"""Written last: what the folder was made from, and the ids of the new tokens."""
+WEIGHT_SUFFIXES = (".safetensors", ".header", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 
-def with_added_tokens(
-    source: Path, tokens: Sequence[str], target: Path, anatomy: ModelAnatomy | None
-) -> tuple[Path, tuple[int, ...]]:
-    """Return a base's folder with these tokens, and their ids in the order of `tokens`; made where it is not there yet.
+def with_added_tokens(source: Path, tokenizer_folder: Path, tokens: Sequence[str], target: Path) -> Path:
+    """Return a folder with a base and these tokens; made where it is not there yet.
 
     A token that the tokenizer already has keeps its id and its row. A new one gets the next free id, and as its row the mean of
     the rows of the tokens before it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
-        source: Folder of the base.
+        source: Folder of the base, with its weights or only with their headers, as then the result.
+        tokenizer_folder: Has the tokenizer and the small files, where `source` has only headers.
         target: Folder to make; the same base and tokens give the same folder.
-        anatomy: The base's, to find its weights; None to make a folder without weights, enough to plan and to tokenise.
 
     Raises:
         BaseError: The base has no tokenizer, or its weights cannot be read.
         OSError: The disk is full or cannot be written.
     """
-    made_from = content_hash({"source": str(source.resolve()), "tokens": list(tokens), "weights": anatomy is not None})
-    if (target / RECORD).is_file() and (known := read_json(target / RECORD))["made_from"] == made_from:
-        return target, tuple(known["ids"])
+    made_from = content_hash({"source": str(source.resolve()), "tokens": list(tokens)})
+    if (target / ADDED_TOKENS).is_file() and read_json(target / ADDED_TOKENS)["made_from"] == made_from:
+        return target
+    anatomy = read_anatomy(source, need_weights=False)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    num_before, num_tokens, ids = _write_tokenizer(source, tokens, partial)
+    num_before, num_tokens, ids = _write_tokenizer(tokenizer_folder, tokens, partial)
     _write_config(source, partial, num_tokens)
-    if anatomy is not None:
-        _write_weights(source, partial, anatomy, num_before, num_tokens)
-    _link_others(source, partial, with_weights=anatomy is not None)
-    write_json(partial / RECORD, {"made_from": made_from, "ids": list(ids)})
+    for file in anatomy.weight_files:
+        _write_weights(source / file, partial / file, _enlarged(anatomy), num_before, num_tokens)
+    _link_others(source, partial)
+    _link_others(tokenizer_folder, partial)
+    write_json(partial / ADDED_TOKENS, {"made_from": made_from, "tokens": list(tokens), "ids": list(ids)})
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    return target, ids
+    return target
 
 
 def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> tuple[int, int, tuple[int, ...]]:
@@ -81,31 +82,40 @@ def _write_config(source: Path, target: Path, num_tokens: int) -> None:
     write_json(target / "config.json", config)
 
 
-def _write_weights(source: Path, target: Path, anatomy: ModelAnatomy, num_before: int, num_tokens: int) -> None:
-    """Write the files that hold the embeddings or the output projection, with more rows in both."""
-    from safetensors.torch import load_file, save_file
+def _enlarged(anatomy: ModelAnatomy) -> set[str]:
+    """Return the stored names of the tensors that have a row for each token."""
+    names = {anatomy.embeddings[0], anatomy.head_weight, anatomy.head_bias} - {""}
+    stored = {info.stored_name or info.name for name in names if (info := anatomy.tensors.get(name)) is not None}
+    return stored | {copy.stored_name for copy in anatomy.copies if copy.name in names}
 
-    enlarged = {
-        info.stored_name or info.name
-        for name in (anatomy.embeddings[0], anatomy.head_weight, anatomy.head_bias)
-        if (info := anatomy.tensors.get(name)) is not None
-    } | {anatomy.head_weight}
-    total = 0
-    for file in anatomy.weight_files:
-        header = read_header(source / file)
-        total += sum(info.num_bytes for info in header.values())
-        if not enlarged & set(header):
-            continue
-        tensors = load_file(source / file)
-        for name in enlarged & set(header):
-            before = tensors[name].nbytes
-            tensors[name] = _with_rows(tensors[name], num_before, num_tokens)
-            total += tensors[name].nbytes - before
-        save_file(tensors, target / file, {"format": "pt"})
-    if (source / INDEX).is_file():
-        index: dict[str, Any] = json.loads((source / INDEX).read_bytes())
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-        write_json(target / INDEX, index)
+
+def _write_weights(source: Path, target: Path, enlarged: set[str], num_before: int, num_tokens: int) -> None:
+    """Write one weight file with more rows where it has rows of tokens; link it where it has none."""
+    header = read_header(source)
+    grown = {name for name in enlarged & set(header) if header[name].shape[0] < num_tokens or num_before < num_tokens}
+    if not source.is_file():
+        _write_header(target, header, grown, num_tokens)
+    elif not grown:
+        _link(source, target)
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(source)
+        save_file(tensors | {name: _with_rows(tensors[name], num_before, num_tokens) for name in grown}, target, {"format": "pt"})
+
+
+def _write_header(target: Path, header: dict[str, TensorInfo], grown: set[str], num_tokens: int) -> None:
+    """Write the header alone of a file that was not fetched, as it will be with more rows."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, info in header.items():
+        rows = max(info.shape[0], num_tokens) if name in grown else None
+        begin, end = end, end + (info.num_bytes if rows is None else info.num_bytes // info.shape[0] * rows)
+        shape = list(info.shape) if rows is None else [rows, *info.shape[1:]]
+        entries[name] = {"dtype": info.dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    size = 8 + len(text) + end
+    header_file(target).write_bytes(struct.pack("<QQ", size, len(text)) + text)
 
 
 def _with_rows(weight: Any, num_before: int, num_tokens: int) -> Any:
@@ -121,16 +131,19 @@ def _with_rows(weight: Any, num_before: int, num_tokens: int) -> Any:
     return result
 
 
-def _link_others(source: Path, target: Path, *, with_weights: bool) -> None:
-    """Link what was not written: other weights, and the files beside them."""
+def _link_others(source: Path, target: Path) -> None:
+    """Link the files beside the weights that were not written; the index of the shards still holds."""
     for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
-        weights = path.suffix == ".safetensors" or path.name == INDEX
-        replaced = place.exists() or any(path.match(pattern) for pattern in TOKENIZER_PATTERNS)
-        if path.is_dir() or replaced or (weights and not with_weights) or any(part.startswith(".") for part in place.parts[-2:]):
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), place)
-        except OSError:
-            shutil.copyfile(path, place)
+        place = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parts)
+        written = (target / place).exists() or any(place.match(pattern) for pattern in TOKENIZER_PATTERNS)
+        if path.is_file() and not (hidden or written or path.suffix in WEIGHT_SUFFIXES):
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            _link(path, target / place)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
+from orchestrator.anatomy.reader import ADDED_TOKENS
+from orchestrator.bases.added_tokens import with_added_tokens
 from orchestrator.bases.files import is_complete, side_files, weight_files
 from orchestrator.bases.headers import headers_folder
 from orchestrator.errors import BaseError
@@ -17,7 +19,9 @@ from orchestrator.hub.errors import not_cached
 from orchestrator.plan.values import RunPlan
 from orchestrator.spec.hub_ids import is_repository_id
 from orchestrator.spec.models import BaseSpec, Task
+from orchestrator.store.machine import cache_folder
 from orchestrator.units import format_bytes
+from orchestrator.values import content_hash
 from orchestrator.work.execution import BaseLoad
 
 Tell = Callable[[str], None]
@@ -31,6 +35,7 @@ class FolderBase:
     folder: Path
 
     hub: None = None
+    commit: None = None
 
     @property
     def cached(self) -> Path | None:
@@ -60,6 +65,11 @@ class HubBase:
     """A repository of the hub at one commit."""
 
     hub: Commit
+
+    @property
+    def commit(self) -> Commit:
+        """The commit that a run records, so that it is resumed from the same."""
+        return self.hub
 
     @property
     def cached(self) -> Path | None:
@@ -115,19 +125,70 @@ class HubBase:
             return None
 
 
-Base = FolderBase | HubBase
+@dataclass(frozen=True)
+class EnlargedBase:
+    """A base with the tokens that a spec adds to it."""
+
+    original: FolderBase | HubBase
+    tokens: tuple[str, ...]
+    folder: Path
+    """Folder of the enlarged base, in the run's folder."""
+
+    hub: None = None
+
+    @property
+    def commit(self) -> Commit | None:
+        return self.original.commit
+
+    @property
+    def cached(self) -> Path | None:
+        return self.original.cached
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `BaseLoad` records of it beyond the folder."""
+        return {}
+
+    def anatomy(self, task: Task = "completion") -> ModelAnatomy:
+        """Read the anatomy as far as a plan needs it."""
+        return read_anatomy(self.for_plan(), need_weights=False, task=task)
+
+    def for_plan(self) -> Path:
+        """Return a folder with config.json, the tokenizer and at least the headers of the weights, not in the run's folder."""
+        source = self.original.for_plan()
+        name = content_hash({"source": str(source), "tokens": list(self.tokens)})[:16]
+        return with_added_tokens(source, self.original.for_data(), self.tokens, cache_folder() / "enlarged" / name)
+
+    def for_data(self) -> Path:
+        return self.folder if (self.folder / ADDED_TOKENS).is_file() else self.for_plan()
+
+    def for_training(self, tell: Tell) -> Path:
+        """Return the enlarged base's folder with everything that a run needs; made in the run's folder if it is not there."""
+        source = self.original.for_training(tell)
+        return with_added_tokens(source, source, self.tokens, self.folder)
 
 
-def locate_base(base: BaseSpec, folder: Path, commit: str = "") -> Base:
+Base = FolderBase | HubBase | EnlargedBase
+
+
+def locate_base(base: BaseSpec, folder: Path, commit: str = "", run_folder: Path | None = None) -> Base:
     """Return the base that a spec means. A hub id is resolved to its commit here.
 
     Args:
         folder: The spec's, to which paths are relative.
+        run_folder: The run's, where a base with added tokens is made; None to plan only.
         commit: Of an earlier submission of the same run, which used this commit of the hub's repository.
 
     Raises:
         BaseError: there is no such folder; or a repository that is missing, gated, not reachable and not cached.
     """
+    original = _locate(base, folder, commit)
+    if not base.add_tokens:
+        return original
+    return EnlargedBase(original, base.add_tokens, (run_folder or cache_folder() / "enlarged") / "base")
+
+
+def _locate(base: BaseSpec, folder: Path, commit: str) -> FolderBase | HubBase:
     if not _is_hub_id(base.model, folder):
         found = resolve_base(base.model, folder)
         if not found.exists():

@@ -13,6 +13,7 @@ FISHER = 0xF15
 SHOTS = 0x5407
 FEATURES = 0xFEA7
 SHARES = 0x5A4E
+HEAD_FIT = 0x4F17
 """Salts that keep different choices from one seed independent."""
 
 

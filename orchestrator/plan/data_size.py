@@ -7,6 +7,7 @@ import math
 from orchestrator.plan.remedies import most_replayed_tokens, needs_replayed_text
 from orchestrator.spec.models import JobSpec, TrainSpec
 from orchestrator.values import Value
+from orchestrator.work.execution import Padding
 
 BYTES_PER_TOKEN = 4
 """Bytes per token of English text with typical vocabularies of 32k to 128k entries; other text may differ by a factor of two or
@@ -36,6 +37,8 @@ class DataSize(Value):
     longest_document_tokens: int
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    padding: Padding | None = None
+    """The token that pads texts to classify; None for other tasks, and until the data is tokenized."""
     sets_sha256: str = ""
     """SHA-256 over the tokens, masks and classes of every split."""
     supervised_share: float = 1.0

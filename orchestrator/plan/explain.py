@@ -77,6 +77,9 @@ def _way_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
 
 
 def _base_notes(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
+    if anatomy.pooling.kind != "class":
+        served = "transformers' class does so too" if anatomy.pooling.by_class else "classify.py in the bundle does so too"
+        yield f"{anatomy.pooling.reason}; {served}"
     yield from _way_notes(spec, anatomy)
     if anatomy.experts is None:
         return

@@ -12,15 +12,17 @@ has the names, shapes and files of the base, found the other way round by `Tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.values import LayerSelection, ModelAnatomy, StoredPart, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge_operations import (
+    HEAD_FILE,
     WHOLE,
     ApplyAdapter,
     Compose,
@@ -80,7 +82,10 @@ def make_merge_plan(
         quantize=base_load.quantize,
         held_quantized={name for linears in anatomy.linears for name in linears} if dequantized else set[str](),
     )
-    new = [_new_tensor(name, info, anatomy) for name, info in artifact.whole.items() if name not in anatomy.tensors]
+    absent = {name: info for name, info in artifact.whole.items() if name not in anatomy.tensors}
+    new = [_new_tensor(name, info, anatomy) for name, info in absent.items() if not name.endswith(f".{NEW_ROWS}")]
+    head = None if base_load.pooling.by_class else _head_file(new)
+    new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     dropped = {tensor.name for tensor in new}
@@ -95,8 +100,11 @@ def make_merge_plan(
         held_dtype=held_dtype,
         task=base_load.task,
         class_names=base_load.class_names,
+        pooling=base_load.pooling,
+        padding=base_load.padding,
         unties_head=_unties_head(anatomy, artifact),
         shards=_shards(Path(anatomy.folder), tensors, new),
+        head=head,
     )
 
 
@@ -135,10 +143,13 @@ class _Merge:
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
+        rows = self.artifact.whole.get(users[0][0].name.removesuffix("weight") + NEW_ROWS)
         source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
-        if all(operation.kind == "keep" for operation in operations):
+        if rows is not None:
+            operation = _with_new_rows(name, part.shape[0], rows, self.anatomy.new_rows)
+        elif all(operation.kind == "keep" for operation in operations):
             operation = Keep()
         elif len(users) == 1 and not part.length:
             operation = operations[0]
@@ -169,6 +180,15 @@ class _Merge:
         if adapter is not None:
             return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
         return Keep()
+
+
+def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequence[int]) -> Compose:
+    """Return the operation on embeddings or an output projection of which only the rows of new tokens were trained."""
+    sections = [
+        Section(start=row, stop=row + 1, operation=Replace(trained=trained, place=Place(start=number, length=1)))
+        for number, row in enumerate(new_rows)
+    ]
+    return _composed(name, num_rows, sections)
 
 
 def _place(info: TensorInfo, part: StoredPart) -> Place:
@@ -231,6 +251,12 @@ def _kept(info: TensorInfo) -> WriteTensor:
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
     dtype = next(iter(anatomy.tensors.values())).dtype
     return WriteTensor(name=name, shape=trained.shape, dtype=dtype, operation=NewTensor(trained=trained))
+
+
+def _head_file(new: list[WriteTensor]) -> WriteShard:
+    """Return the file of a classifier, the only new tensors of a base that pools by itself, under plain names."""
+    tensors = [tensor.model_copy(update={"name": tensor.name.rpartition(".")[2]}) for tensor in new]
+    return WriteShard(file=HEAD_FILE, tensors=tuple(tensors))
 
 
 def _untied_head(anatomy: ModelAnatomy, artifact: Artifact) -> WriteTensor:

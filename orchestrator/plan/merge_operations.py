@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.anatomy.values import TensorInfo
+from orchestrator.anatomy.values import Pooling, TensorInfo
 from orchestrator.spec.models import Quantize, Task
 from orchestrator.values import Value
 from orchestrator.work.artifact import StoredAdapter
+from orchestrator.work.execution import Padding
 
 MergedInto = Literal["dequantized", "original"]
+HEAD_FILE = "head.safetensors"
+"""File of a classifier that no transformers class has, with `weight` [classes, hidden] and, where it has one, `bias`."""
 
 
 class Place(Value):
@@ -155,8 +158,13 @@ class MergePlan(Value):
     """Dtype that training dequantized to."""
     task: Task
     class_names: tuple[str, ...] = ()
+    pooling: Pooling = Pooling()
+    padding: Padding | None = None
+    """As in the base's `BaseLoad`; so is `pooling`."""
     unties_head: bool = False
     shards: tuple[Shard, ...]
+    head: WriteShard | None = None
+    """HEAD_FILE, beside the shards of the model; None if the model's class has the head."""
 
     @property
     def total_bytes(self) -> int:

@@ -45,8 +45,6 @@ def plan_trunk(plan: RunPlan, spec: JobSpec, anatomy: ModelAnatomy, rate: Rate) 
     if not (anatomy.ways.injects and anatomy.ways.projects):
         seen = anatomy.ways.reasons.get("injects") or anatomy.ways.reasons.get("projects") or "its class does not allow it"
         return None, f"the trunk (frozen lower blocks) is computed at every step: stored states cannot replace it ({seen})"
-    if anatomy.dropout:
-        return None, f"the trunk (frozen lower blocks) is computed at every step: {anatomy.dropout} is random at every step"
     if anatomy.experts is not None and anatomy.experts.balance:
         return None, "the trunk (frozen lower blocks) is computed at every step: the load-balancing loss needs all its routers"
     sets = plan.data.train_tokens + plan.data.eval_tokens + plan.data.retain_tokens + plan.data.replay_tokens

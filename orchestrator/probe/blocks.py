@@ -91,4 +91,4 @@ def _run(model: Any, anatomy: ModelAnatomy, length: int) -> None:
     elif anatomy.kind == "encoder":
         model(input_ids=ids, attention_mask=attention_mask(length, lengths))
     else:
-        model(input_ids=ids, attention_mask=attention_mask(length, lengths), decoder_input_ids=ids)
+        model(input_ids=ids, attention_mask=attention_mask(length, lengths), decoder_input_ids=ids, use_cache=False)

@@ -25,9 +25,10 @@ from orchestrator.probe.classes import build
 from orchestrator.probe.traces import Event, Identity, Opened, Traced, sizes, trace_block, trace_forward
 
 LENGTH = 512
-"""Tokens of the shortest row: several of the chunks in which state-space models compute a row."""
-LENGTHS = (LENGTH, 2 * LENGTH, 3 * LENGTH)
-"""Tokens of the row at each count: three for three coefficients; with more rows, all of it is in proportion."""
+"""Tokens of the shortest row: several of the chunks in which state-space models compute a row. A block is counted at this length,
+at twice and at three times it, for three coefficients; with more rows, all of it is in proportion."""
+LOOP_LENGTH = 64
+"""The same for a class that computes a row token by token, in a loop."""
 LORA_RANK = 8
 """Of the adapters with which peaks are counted, where their own tensors are small; what they keep is planned for the rank asked
 for."""
@@ -66,13 +67,19 @@ def count_costs(model: Any, anatomy: ModelAnatomy) -> tuple[BlockCosts, ...]:
     ways = (False, True) if attends_by_document(anatomy, "cpu", one_document_per_row=False) else (False,)
     try:
         model.set_attn_implementation(attention_of(anatomy, "cuda", one_document_per_row=False))
+        length = LOOP_LENGTH if _loops(model, anatomy, mode, firsts) else LENGTH
+        if anatomy.max_positions:  # learned positions have no more rows
+            length = max(1, min(length, anatomy.max_positions // 3))
         calls = {
-            by_document: [capture_calls(model, anatomy, mode, firsts, length, by_document=by_document) for length in LENGTHS]
+            by_document: [
+                capture_calls(model, anatomy, mode, firsts, times * length, by_document=by_document) for times in (1, 2, 3)
+            ]
             for by_document in ways
         }
         with mode:
             return tuple(
-                _costs(names, *([called[place] for called in calls[way]] for way in ways)) for place, names in enumerate(linears)
+                _costs(length, names, *([called[place] for called in calls[way]] for way in ways))
+                for place, names in enumerate(linears)
             )
     except CountError:
         raise
@@ -85,8 +92,16 @@ def _within_block(anatomy: ModelAnatomy, block: int) -> tuple[str, ...]:
     return tuple(name.removeprefix(prefix).rpartition(".")[0] for name in anatomy.linears[block])
 
 
-def _costs(linears: Sequence[str], rows: Sequence[BlockCall], documents: Sequence[BlockCall] = ()) -> BlockCosts:
-    """Return the costs of a block from its calls at LENGTHS, with whole rows and with documents one by one."""
+def _loops(model: Any, anatomy: ModelAnatomy, mode: FakeTensorMode, blocks: Sequence[int]) -> bool:
+    """Return whether one of these blocks computes a row token by token: every token then takes allocations of its own."""
+    short, long = (capture_calls(model, anatomy, mode, blocks, length, by_document=False) for length in (16, 32))
+    with mode:
+        return any(len(trace_forward(b)) - len(trace_forward(a)) >= 16 for a, b in zip(short, long, strict=True))
+
+
+def _costs(length: int, linears: Sequence[str], rows: Sequence[BlockCall], documents: Sequence[BlockCall] = ()) -> BlockCosts:
+    """Return the costs of a block from its calls at `length`, twice and three times it, with whole rows and with documents one by
+    one."""
 
     def adapt_all(opened: Opened) -> None:
         for name in linears:
@@ -101,16 +116,16 @@ def _costs(linears: Sequence[str], rows: Sequence[BlockCall], documents: Sequenc
     passing = [part.passing for part in parts]
     weights = [whole.backward_flops - part.backward_flops for whole, part in zip(trained, passing, strict=True)]
     return BlockCosts(
-        kept=_kept(parts),
-        kept_by_document=_kept([_Parts.of(call, linears, backward=False) for call in documents]) if documents else (),
-        adapted_peaks=_peaks([traced.events for traced in adapted]),
-        trained_peaks=_peaks([traced.events for traced in trained]),
-        at_weight_peaks=_peaks([[event for event in traced.events if event.at_weight] for traced in trained]),
-        forward_peaks=_peaks([trace_forward(call) for call in rows]),
-        forward=_flops([traced.forward_flops for traced in passing]),
-        passing=_pass_flops(passing),
-        adapted=_pass_flops([part.adapted for part in parts]),
-        trained=_pass_flops(first, weights),
+        kept=_kept(length, parts),
+        kept_by_document=_kept(length, [_Parts.of(call, linears, backward=False) for call in documents]) if documents else (),
+        adapted_peaks=_peaks(length, [traced.events for traced in adapted]),
+        trained_peaks=_peaks(length, [traced.events for traced in trained]),
+        at_weight_peaks=_peaks(length, [[event for event in traced.events if event.at_weight] for traced in trained]),
+        forward_peaks=_peaks(length, [trace_forward(call) for call in rows]),
+        forward=_flops(length, [traced.forward_flops for traced in passing]),
+        passing=_pass_flops(length, passing),
+        adapted=_pass_flops(length, [part.adapted for part in parts]),
+        trained=_pass_flops(length, first, weights),
     )
 
 
@@ -165,16 +180,16 @@ class _Reasons(NamedTuple):
     inputs: tuple[str, ...]
 
 
-def _kept(parts: Sequence[_Parts]) -> tuple[Kept, ...]:
+def _kept(length: int, parts: Sequence[_Parts]) -> tuple[Kept, ...]:
     found = [part.kept() for part in parts]
     every = dict.fromkeys(reasons for each in found for reasons in each)
-    kept = (Kept(size=_size([each.get(reasons, (0, 0)) for each in found]), **reasons._asdict()) for reasons in every)
+    kept = (Kept(size=_size(length, [each.get(reasons, (0, 0)) for each in found]), **reasons._asdict()) for reasons in every)
     return tuple(each for each in kept if each.size != Size())
 
 
-def _size(counted: Sequence[tuple[int, int]]) -> Size:
-    """Return the coefficients of (elements, bytes) counted at LENGTHS."""
-    elements, num_bytes = (_coefficients(values) for values in zip(*counted, strict=True))
+def _size(length: int, counted: Sequence[tuple[int, int]]) -> Size:
+    """Return the coefficients of (elements, bytes) counted at the three lengths."""
+    elements, num_bytes = (_coefficients(length, values) for values in zip(*counted, strict=True))
     return Size(
         row_elements=round(elements[0]),
         token_elements=round(elements[1]),
@@ -185,30 +200,30 @@ def _size(counted: Sequence[tuple[int, int]]) -> Size:
     )
 
 
-def _coefficients(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (per row, per token, per pair) of what was counted at LENGTHS."""
+def _coefficients(length: int, values: Sequence[float]) -> tuple[float, float, float]:
+    """Return (per row, per token, per pair) of what was counted at the three lengths."""
     short, middle, long = values
-    pair = (long - 2 * middle + short) / (2 * LENGTH * LENGTH)
+    pair = (long - 2 * middle + short) / (2 * length * length)
     if pair < 0:  # not a sum of these three: a line through the longer rows
-        token = (long - middle) / LENGTH
-        return long - 3 * token * LENGTH, token, 0.0
-    token = (middle - short) / LENGTH - 3 * pair * LENGTH
-    return short - token * LENGTH - pair * LENGTH * LENGTH, token, pair
+        token = (long - middle) / length
+        return long - 3 * token * length, token, 0.0
+    token = (middle - short) / length - 3 * pair * length
+    return short - token * length - pair * length * length, token, pair
 
 
-def _flops(counted: Sequence[float]) -> Flops:
-    _, token, pair = _coefficients(counted)
+def _flops(length: int, counted: Sequence[float]) -> Flops:
+    _, token, pair = _coefficients(length, counted)
     return Flops(token=token, pair=pair)
 
 
-def _pass_flops(traced: Sequence[Traced], weights: Sequence[int] = (0, 0, 0)) -> PassFlops:
+def _pass_flops(length: int, traced: Sequence[Traced], weights: Sequence[int] = (0, 0, 0)) -> PassFlops:
     """Return what the passes took, less what the gradients of weights did."""
     backward = [each.backward_flops - weight for each, weight in zip(traced, weights, strict=True)]
-    return PassFlops(backward=_flops(backward), again=_flops([each.again_flops for each in traced]))
+    return PassFlops(backward=_flops(length, backward), again=_flops(length, [each.again_flops for each in traced]))
 
 
-def _peaks(events: Sequence[Sequence[Event]]) -> tuple[Size, ...]:
-    """Return the peaks that are the highest for some shape of rows, from the events at LENGTHS.
+def _peaks(length: int, events: Sequence[Sequence[Event]]) -> tuple[Size, ...]:
+    """Return the peaks that are the highest for some shape of rows, from the events at the three lengths.
 
     Where the same operators ran at every length, event is compared with event. A class that goes through a row in a loop has more
     of them the longer the row is: there, the highest of each operator is compared.
@@ -216,7 +231,7 @@ def _peaks(events: Sequence[Sequence[Event]]) -> tuple[Size, ...]:
     same = all([event.key for event in each] == [event.key for event in events[0]] for each in events)
     by_key = [dict(enumerate(each)) if same else _highest_of_each(each) for each in events]
     common = set(by_key[0]).intersection(*by_key[1:])
-    return _highest([_size([(found[key].elements, found[key].num_bytes) for found in by_key]) for key in common])
+    return _highest([_size(length, [(found[key].elements, found[key].num_bytes) for found in by_key]) for key in common])
 
 
 def _highest_of_each(events: Sequence[Event]) -> dict[Any, Event]:

@@ -167,6 +167,8 @@ class _Shrinker:
             return min(value, 2)
         if key in ("n_group", "topk_group", "num_expert_group"):
             return min(value, NUM_GROUPS)
+        if key.endswith("n_groups"):
+            return min(value, 2)
         if WINDOW.fullmatch(key):
             return min(value, WINDOW_TOKENS) if value > 0 else value
         if key.endswith("chunk_size"):
@@ -201,7 +203,7 @@ class _Shrinker:
                 factors = cast("list[float]", value)
                 small[name] = factors[: max(1, len(factors) // self.divisors.head_width)]
             elif isinstance(value, list) and "section" in name:
-                small[name] = [max(1, int(each) // self.divisors.head_width) for each in cast("list[int]", value)]
+                small[name] = _sections(cast("list[int]", value), self.divisors.head_width)
             else:
                 small[name] = value
         return small
@@ -210,6 +212,12 @@ class _Shrinker:
 def _divided(value: int, divisor: int, *, least: int) -> int:
     """Return the quotient, rounded up."""
     return max(least, -(-value // divisor))
+
+
+def _sections(sizes: list[int], divisor: int) -> list[int]:
+    """Return smaller sections of a head's pairs of channels, which together are all of them."""
+    smaller = [max(1, size // divisor) for size in sizes]
+    return [*smaller[:-1], max(1, sum(sizes) // divisor - sum(smaller[:-1]))]
 
 
 def _repaired(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from orchestrator.probe.heads import head_names
 from orchestrator.probe.shrink import instances
 from orchestrator.probe.structure import Structure
 from orchestrator.spec.tasks import TASKS, Task
+from orchestrator.train.model.linear_test import not_linear
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.self_test import measured_logit_map, sharpen, try_ways
 
@@ -33,16 +34,20 @@ class Trial(NamedTuple):
     """What it does to the result of its output projection."""
     order: tuple[str, ...] = ()
     """Names within a block of the modules that multiply, in the order in which they are computed."""
+    odd: frozenset[str] = frozenset()
+    """Names within a block of linear layers that are no product with their weight, or whose class reads the weight itself: they
+    take no adapter and are not quantized."""
 
     def told(self, anatomy: ModelAnatomy) -> ModelAnatomy:
         """Return the anatomy of the class with what was seen."""
         place = {name: number for number, name in enumerate(self.order)}
-
-        def computed(number: int, name: str) -> int:
-            return place.get(name.removeprefix(anatomy.block_prefix.format(number)).removesuffix(".weight"), len(place))
-
         linears = tuple(
-            tuple(sorted(block, key=lambda name, number=number: computed(number, name)))
+            tuple(
+                sorted(
+                    (name for name in block if _in_block(anatomy, number, name) not in self.odd),
+                    key=lambda name, number=number: place.get(_in_block(anatomy, number, name), len(place)),
+                )
+            )
             for number, block in enumerate(anatomy.linears)
         )
         return with_logits(anatomy, self.logits).model_copy(update={"ways": self.ways, "linears": linears})
@@ -73,7 +78,14 @@ def _try(built: Built, structure: Structure) -> Trial:
         if not built.classifies:
             logits, task = measured_logit_map(built.model, anatomy), GENERATE
         ways = try_ways(built.model, with_logits(anatomy, logits), task)
-    return Trial(ways, logits, tuple(order))
+    unlike = not_linear(built.model, anatomy, task)
+    odd = {_in_block(anatomy, number, name) for number, block in enumerate(anatomy.linears) for name in block if name in unlike}
+    return Trial(ways, logits, tuple(order), frozenset(odd))
+
+
+def _in_block(anatomy: ModelAnatomy, number: int, name: str) -> str:
+    """Return the name within its block of the module that has a weight."""
+    return name.removeprefix(anatomy.block_prefix.format(number)).removesuffix(".weight")
 
 
 @contextmanager

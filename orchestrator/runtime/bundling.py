@@ -81,7 +81,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         prompts=scores.prompts,
         bundle=bundle,
         verification=figures,
-        serve_commands=serve_commands(final, inputs.base.task),
+        serve_commands=serve_commands(final, inputs.base.task, inputs.base.pooling),
         versions=versions(),
     )
     # Again, since merging and scoring took a while, in which files may have changed.

@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import ModelAnatomy, read_anatomy
+from orchestrator.anatomy import ModelAnatomy, pooled_for, read_anatomy, with_pooling
 from orchestrator.bases import Base, locate_base, located, record_base
-from orchestrator.data import DataSummary, data_size, prepare_data
+from orchestrator.data import DataSummary, TokenizedSet, data_size, load_tokenizer, prepare_data
+from orchestrator.data.encoding.padding import choose_padding, odd_documents
 from orchestrator.data.reading.measure import check_first_rows
 from orchestrator.errors import IntegrityError, RunConflictError, UsageError
 from orchestrator.plan import make_plan, work_context
@@ -21,7 +22,7 @@ from orchestrator.plan import schedule as steps
 from orchestrator.plan.defaults import with_section
 from orchestrator.plan.measurements import standing_choice, with_choice
 from orchestrator.plan.schedule import StepSize
-from orchestrator.plan.values import ClusterDescription, FinetunePlan, RunPlan, SweepPlan
+from orchestrator.plan.values import ClusterDescription, DataSize, FinetunePlan, RunPlan, SweepPlan
 from orchestrator.run.directory import WRITABLE, RunDirectory, is_same_run, output_root, recorded_commit, require_same_base
 from orchestrator.run.layout import RunFolder
 from orchestrator.run.records import read_outcome
@@ -32,9 +33,10 @@ from orchestrator.spec import JobSpec, LoadedSpec, spec_sha256
 from orchestrator.store import base_identity, file_identity, output_to, read_record, write_json
 from orchestrator.store.files import RECORD_REMEDY, Record
 from orchestrator.train.evaluation import text_metric
+from orchestrator.train.model.pooled_position import check_pooled_position
 from orchestrator.transfer.run_view import RunView
 from orchestrator.work.assignment import WorkContext
-from orchestrator.work.execution import DataPaths, ExecutionPlan, TrainSettings
+from orchestrator.work.execution import DataPaths, ExecutionPlan, Padding, TrainSettings
 from orchestrator.work.measurements import CompileChoice, LayerScores
 
 Job = Literal["sweep", "finetune"]
@@ -136,6 +138,7 @@ def prepare(
     anatomy, base_sha256 = _claim_base(loaded, base, run, view, finished=cluster is None)
     folder = Path(anatomy.folder)
     known = _read_known(run, folder, base_sha256)
+    anatomy = _pooled(anatomy, spec, known.plan)
     view.phase("data", "reading and tokenising")
     with output_to(run.data, remedy=WRITABLE, only_full=True):
         planned_sha256 = known.plan.data.sets_sha256 if known.plan is not None else ""
@@ -174,7 +177,7 @@ def base_of(loaded: LoadedSpec, output: Path | None) -> Base:
 
 def _base_in(run_folder: Path, loaded: LoadedSpec) -> Base:
     base = loaded.spec.base
-    return locate_base(base, loaded.folder, recorded_commit(run_folder, base.model, base.revision))
+    return locate_base(base, loaded.folder, recorded_commit(run_folder, base.model, base.revision), run_folder)
 
 
 def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView, *, finished: bool) -> tuple[ModelAnatomy, str]:
@@ -197,9 +200,9 @@ def _claim_base(loaded: LoadedSpec, base: Base, run: RunDirectory, view: RunView
 
 
 def _hub_record(spec: JobSpec, base: Base) -> dict[str, str] | None:
-    if base.hub is None:
+    if base.commit is None:
         return None
-    return {"id": spec.base.model, "revision": spec.base.revision or "", "commit": base.hub.sha}
+    return {"id": spec.base.model, "revision": spec.base.revision or "", "commit": base.commit.sha}
 
 
 class KnownRun(NamedTuple):
@@ -253,10 +256,42 @@ def plan_of_data(
     """
     spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
     before = known.plan.data if known.plan is not None and known.plan.data.tokens_per_step else None
+    # Trials of a resumed run were trained with the padding of its first plan.
+    padding = known.plan.base.padding if known.plan is not None else padding_of(spec, anatomy, data.folder)
     planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
-    size = data_size(data.summary, spec, data.folder, planned=planned)
-    resize = None if before else lambda step: data_size(data.summary, spec, data.folder, planned=step)
+
+    def sized(step: StepSize | None) -> DataSize:
+        size = data_size(data.summary, spec, data.folder, planned=step)
+        return size.model_copy(update={"padding": padding})
+
+    size, resize = sized(planned), None if before else sized
     return make_plan(loaded, anatomy, size, machines, job=job, spec_sha256=sha256, scores=known.scores, resize=resize)
+
+
+def _pooled(anatomy: ModelAnatomy, spec: JobSpec, known: RunPlan | None) -> ModelAnatomy:
+    """Return the anatomy with what a classifier reads: as the trials of a resumed run do, else as `pooled_for` decides."""
+    return with_pooling(anatomy, known.base.pooling) if known is not None else pooled_for(anatomy, spec)
+
+
+def padding_of(spec: JobSpec, anatomy: ModelAnatomy, folder: Path) -> Padding | None:
+    """Choose the padding token of a classifier, and prove that transformers then reads the class where training does.
+
+    Args:
+        folder: Where `prepare_data` wrote the sets.
+
+    Raises:
+        BaseError: no token can pad these texts, or transformers would read another position.
+    """
+    if not spec.traits.head.is_new:
+        return None
+    sets = [TokenizedSet.load(folder / f"{name}.npz") for name in ("train", "eval", "test")]
+    base = Path(anatomy.folder)
+    padding = choose_padding(base, spec.data, sets, fixed=anatomy.kind == "encoder", rows=anatomy.vocab_size)
+    if anatomy.kind == "decoder" and anatomy.pooling.by_class:
+        odd = odd_documents(load_tokenizer(base), escape=spec.data.special_tokens_in_text == "escape")
+        longest = [each.document(int(each.lengths.argmax()))[0].tolist() for each in sets]
+        check_pooled_position(anatomy, padding, [*odd, *longest])
+    return padding
 
 
 def read_scores(run: RunDirectory) -> LayerScores | None:
@@ -307,6 +342,7 @@ def reopen(run_folder: Path) -> Prepared:
         spec = _recorded_spec(run)
         base = located(plan.base)
         anatomy = read_anatomy(base.for_training(_silent), need_weights=True, task=plan.base.task)
+        anatomy = with_pooling(anatomy, plan.base.pooling)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(spec, base))
         data = read_record(run.data_summary, DataSummary)
     except BaseException:
@@ -363,6 +399,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
+    anatomy = _pooled(anatomy, loaded.spec, planned)
     with tempfile.TemporaryDirectory(prefix="orchestrator-data-") as folder:
         data = prepare_data(loaded, base.for_data(), Path(folder), anatomy=anatomy)
         before = _read(run.data_summary, DataSummary) if planned is not None else None

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
+from orchestrator.anatomy.values import Pooling
 from orchestrator.anatomy.weights import INDEX
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
@@ -32,6 +33,7 @@ from orchestrator.plan.merge import make_merge_plan
 from orchestrator.plan.merge_operations import LinkShard, MergedInto, MergePlan
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, model_card
+from orchestrator.serve.classifier import LOADER, escapes_control_tokens, write_loader, write_tokenizer
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
 from orchestrator.serve.side_files import GENERATION, LeftOut, copy_side_files
@@ -46,6 +48,9 @@ from orchestrator.work.execution import BaseLoad
 from orchestrator.work.trial import TrialSpec
 
 CARD, SPEC = "README.md", "spec.json"
+
+
+CLASS_POOLING = Pooling()
 
 
 class BaseRecord(Value):
@@ -131,6 +136,10 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     left_out = copy_side_files(base, folder, generates=generates, replaced=replaced)
     if generates:
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
+    if inputs.base.padding is not None:
+        write_tokenizer(folder, inputs.base.padding, escape=escapes_control_tokens(inputs.spec))
+    if not inputs.base.pooling.by_class:
+        write_loader(folder, inputs.base.pooling)
     _add_artifact(Path(inputs.artifact), folder, inputs.base.hub_id or str(base.resolve()))
     return StagedBundle(folder, final, plan, merged, left_out)
 
@@ -148,15 +157,25 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
         # The trained head differs from the embeddings, so transformers must not tie them again on loading.
         config["tie_word_embeddings"] = False
     if TASKS[plan.task].head.is_new:
-        config["architectures"] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
+        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if plan.pooling.by_class else MODEL_MAPPING_NAMES
+        config["architectures"] = [classes[config["model_type"]]]
         config["id2label"] = {str(number): name for number, name in enumerate(plan.class_names)}
         config["label2id"] = {name: number for number, name in enumerate(plan.class_names)}
         config["problem_type"] = "single_label_classification"
+        config |= plan.pooling.config
         # Sequence classification finds a row's last token by the padding id, and fails for batches without one.
-        if config.get("pad_token_id") is None:
-            eos = config.get("eos_token_id")
-            config["pad_token_id"] = eos if isinstance(eos, int) else 0
+        _set_padding(config, plan)
     return config
+
+
+def _set_padding(config: dict[str, Any], plan: MergePlan) -> None:
+    if plan.padding is not None:
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["pad_token_id"] = plan.padding.token_id
+    elif config.get("pad_token_id") is None:  # as older versions chose it
+        eos = config.get("eos_token_id")
+        config["pad_token_id"] = eos if isinstance(eos, int) else 0
 
 
 def served_classes(config: Mapping[str, Any], auto_model: str) -> list[str]:
@@ -210,9 +229,11 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
     return staged.final
 
 
-def serve_commands(bundle: Path | str, task: Task) -> tuple[str, ...]:
-    """Return the commands that serve the bundle; `transformers serve` generates text only."""
+def serve_commands(bundle: Path | str, task: Task, pooling: Pooling = CLASS_POOLING) -> tuple[str, ...]:
+    """Return the commands that serve the bundle; `transformers serve` generates text only, and no server knows a head file."""
     runner = TASKS[task].head.runner
+    if runner and not pooling.by_class:
+        return (f"python {bundle}/{LOADER} 'A text to classify.'",)
     if runner:
         return (f"vllm serve {bundle} --runner {runner}",)
     return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.anatomy import read_anatomy
+from orchestrator.anatomy import read_anatomy, with_pooling
 from orchestrator.bases import located
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
 from orchestrator.serve.bundle import BaseRecord, BundleRecord, base_weights_sha256
@@ -35,6 +35,7 @@ def verify_bundle(
     documents = _there(bundle, record.held_out, held_out, "the held-out documents", "give the path with --held-out")
     try:
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
+        anatomy = with_pooling(anatomy, record.base.load.pooling)
     except BaseError as error:
         raise VerificationError(f"the base cannot be read: {error.what}", where=str(folder), remedy=error.remedy) from error
     found = (anatomy.config_sha256, base_weights_sha256(anatomy.weight_files, folder, {}))

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.plan import REPEAT
+from orchestrator.plan.merge_operations import HEAD_FILE
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
+from orchestrator.serve.classifier import LOADER, READ
 from orchestrator.serve.metadata import front_matter, licence_sentence
 from orchestrator.serve.usage import gguf_rule, prompt_rule, snippet
 from orchestrator.spec.adapters import ADAPTER_KINDS
@@ -153,14 +155,32 @@ def _verification(figures: VerificationFigures, head: HeadTraits) -> str:
     return (
         f"## Verification\n\nMerged into {merged_into}. Loaded by plain transformers in a fresh process, the merged model "
         f"differs from the trained one by KL {figures.kl_bundle:.2g} {head.unit} (the base model: {figures.kl_base:.2g}; "
-        f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents. `manifest.json` has the SHA-256 of every "
-        "file; `orchestrator verify .` repeats the check."
+        f"limit {figures.limit:.2g}), on {figures.num_prompts} held-out documents.{_by_document(figures)} "
+        "`manifest.json` has the SHA-256 of every file; `orchestrator verify .` repeats the check."
+    )
+
+
+def _by_document(figures: VerificationFigures) -> str:
+    found = figures.classified
+    if found is None:
+        return ""
+    return (
+        " None of these, and of some texts with odd endings, gets another class; the largest KL of a document is "
+        f"{found.largest_kl:.2g} (limit {found.limit:.2g})."
     )
 
 
 def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
     head = inputs.base.traits.head
-    if head.runner:
+    pooling = inputs.base.pooling
+    if head.runner and not pooling.by_class:
+        commands = [f"python {LOADER} {'A text to classify.'!r}"]
+        said = [
+            f"The head reads {READ[pooling.kind]}, for which transformers has no class: it is in `{HEAD_FILE}`, and "
+            f"`{LOADER}` puts it on the model that `AutoModel.from_pretrained` loads. `AutoModelForSequenceClassification` "
+            "would give that a random head. The class names are in config.json."
+        ]
+    elif head.runner:
         commands = [f"vllm serve . --runner {head.runner}"]
         said = ["The class names are in config.json."]
     else:
@@ -175,7 +195,8 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
     warning = advice_after(transfer)[:1] if transfer.verdict == "negative" else ()
     warned = "".join(f"{line[:1].upper()}{line[1:]}.\n\n" for line in warning)
     code = f"```python\n{snippet(inputs, transfer)}```"
-    return f"## Serving\n\n{warned}From Python, in this folder:\n\n{code}\n\nAs a server:\n\n{shown}\n\n" + "\n\n".join(said)
+    how = "As a server" if pooling.by_class else "From a shell"
+    return f"## Serving\n\n{warned}From Python, in this folder:\n\n{code}\n\n{how}:\n\n{shown}\n\n" + "\n\n".join(said)
 
 
 def _limitations(inputs: BundleInputs, transfer: TransferReport) -> str:

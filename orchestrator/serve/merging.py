@@ -95,7 +95,8 @@ def merge(plan: MergePlan, folder: Path) -> MergeRecord:
         OSError: the disk is full, or a file of that name exists.
     """
     started = time.monotonic()
-    files = [_link(plan, shard, folder) if isinstance(shard, LinkShard) else _write(plan, shard, folder) for shard in plan.shards]
+    shards = plan.shards if plan.head is None else (*plan.shards, plan.head)
+    files = [_link(plan, shard, folder) if isinstance(shard, LinkShard) else _write(plan, shard, folder) for shard in shards]
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TextStreamer
 
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.bundle_check import hub_copy, read_record, where_to_get
-from orchestrator.serve.loading import serving_class
+from orchestrator.serve.classifier import load_served
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
+from orchestrator.train.model.balance import without_router_logits
 
 BATCH_ROWS = 16
 Messages = tuple[Mapping[str, Any], ...]
@@ -159,9 +159,13 @@ class Predictor:
     @torch.inference_mode()
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
         device = self.model.device
+        with without_router_logits(self.model):
+            return self._generated(ids.to(device), mask.to(device), max_new_tokens, streamer)
+
+    def _generated(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer: Any) -> torch.Tensor:
         return self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max(1, max_new_tokens),
             do_sample=False,
             num_beams=1,
@@ -264,11 +268,10 @@ def read_spec(bundle: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, record: BundleRecord) -> Any:
-    kind = getattr(transformers, serving_class(folder, record.base.load.traits.head.auto_model))
     where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}
     dtype = getattr(torch, record.held_dtype)
     try:
-        model = kind.from_pretrained(folder, dtype=dtype, device_map=where, local_files_only=True, trust_remote_code=False)
+        model = load_served(folder, record.base.load, dtype=dtype, device_map=where)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseError(

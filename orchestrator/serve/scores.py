@@ -17,7 +17,7 @@ from torch import nn
 from orchestrator.data import TokenizedSet, load_tokenizer, with_shots
 from orchestrator.data.sets import load_known
 from orchestrator.serve.bundle_inputs import BundleInputs
-from orchestrator.serve.loading import serving_class
+from orchestrator.serve.classifier import load_served
 from orchestrator.serve.verification import fitting_device
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.batches import RowPlan
@@ -117,9 +117,8 @@ class _Scorer:
         """Mean number of examples in a prompt of `k_shot`."""
 
     def score_bundle(self, bundle: Path) -> None:
-        kind = getattr(transformers, serving_class(bundle, self._head.auto_model))
         # As a user would load it: the test set judges the bundle, not the live trained model.
-        model = kind.from_pretrained(bundle, dtype=self.dtype, local_files_only=True, device_map={"": str(self.device)})
+        model = load_served(bundle, self._inputs.base, dtype=self.dtype, device_map={"": str(self.device)})
         self.score(PROMOTED, model, generate=True)
         del model
         gc.collect()
@@ -142,7 +141,12 @@ class _Scorer:
             self.test[SHOWN] = self._evaluate(self._objective(base.model), found.data)
 
     def _objective(self, model: nn.Module) -> Objective:
-        return make_objective(model, self._inputs.anatomy, self._inputs.base.task)
+        anatomy, task = self._inputs.anatomy, self._inputs.base.task
+        if isinstance(model, transformers.PreTrainedModel):
+            return make_objective(model, anatomy, task)
+        # `classify.py` has its own names for the parts.
+        parts = (model.get_submodule("backbone"), model.get_submodule("head"))
+        return Objective(model, *parts, task, encoder=anatomy.kind == "encoder", pooling=anatomy.pooling)
 
     @torch.no_grad()
     def score(self, name: str, model: nn.Module, *, generate: bool) -> None:

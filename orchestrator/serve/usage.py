@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.serve.bundle_inputs import BundleInputs
+from orchestrator.serve.classifier import LOADER
 from orchestrator.transfer.records import TransferReport
 
 MAX_PROMPT_CHARACTERS = 240
@@ -50,6 +51,12 @@ def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= MAX_PROMPT_CHARACTERS), "")
     if traits.head.supervises == "documents":
         text = shown or "A text to classify."
+        if not inputs.base.pooling.by_class:
+            return f"""from {LOADER.removesuffix(".py")} import load
+
+classifier = load(".")
+print(classifier([{text!r}]))
+"""
         return f"""from transformers import pipeline
 
 classifier = pipeline({traits.head.pipeline_tag!r}, model=".")

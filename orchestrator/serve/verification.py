@@ -28,15 +28,20 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.data import load_tokenizer
+from orchestrator.data.encoding.padding import odd_documents
 from orchestrator.data.sets import load_known
 from orchestrator.errors import DataError, VerificationError
 from orchestrator.plan.memory.estimate import RESIDENT_SHARE
 from orchestrator.plan.merge_operations import MergedInto
 from orchestrator.serve import verification_process
+from orchestrator.serve.classifier import LOADER
 from orchestrator.serve.loading import serving_class
 from orchestrator.train.adapters.artifacts import attach_artifact
+from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.model.base import LoadedBase, dequantized, load_base
-from orchestrator.transfer.records import VerificationFigures
+from orchestrator.train.model.objective import objective_of
+from orchestrator.transfer.records import ClassifiedDocuments, VerificationFigures
 from orchestrator.units import MIB
 from orchestrator.values import Value
 from orchestrator.work.execution import BaseLoad
@@ -47,6 +52,11 @@ PROBE_BYTES = 512 * MIB
 SHARE_OF_BASE = 0.02
 SMALLEST_LIMIT = 1e-4
 """Lower bound of the limit, nats per token."""
+SMALLEST_DOCUMENT_LIMIT = 10 * SMALLEST_LIMIT
+"""Lower bound of the limit of a classifier's single document: rounding gave single documents up to ten times the mean."""
+ANSWER_GAP = math.sqrt(2 * SMALLEST_LIMIT)
+"""Largest difference of two classes' probabilities for which the bundle may answer with the other one: by Pinsker's inequality a
+KL of SMALLEST_LIMIT cannot reverse two that lie further apart."""
 CHECK_TIMEOUT_S = 6 * 3600.0
 
 
@@ -61,7 +71,7 @@ class TrainedModel(Value):
     """Compute type of training."""
     merged_into: MergedInto = "original"
     documents: str
-    """A TokenizedSet of held-out documents."""
+    """A TokenizedSet of held-out documents. To those of a classifier, texts are added whose last token is easily mistaken."""
 
 
 def verify(
@@ -93,20 +103,38 @@ def verify(
         gc.collect()
         answer = _check_in_fresh_process(probe, bundle, device, dtype)
     assert answer["positions"] == positions
-    kl_bundle = answer["kl_sum"] / positions
+    # Odd texts count document by document, not in the means.
+    kl_bundle = math.fsum(answer["kls"][:num_prompts]) / (num_prompts if answer["gaps"] else positions)
     # Relative to what training changed; the lower bound covers rounding where training changed almost nothing.
     limit = max(SHARE_OF_BASE * kl_base, SMALLEST_LIMIT)
     # Missing keys are initialised at random and could pass by chance; a process that knows this package proves nothing.
     complete = not answer["missing"] and not answer["mismatched"] and not answer["knows_package"]
+    classified = _documents_compared(answer["kls"], answer["gaps"], limit) if answer["gaps"] else None
+    documents_pass = classified is None or classified.passed
     return VerificationFigures(
-        passed=complete and math.isfinite(kl_bundle) and kl_bundle <= limit,
+        passed=complete and math.isfinite(kl_bundle) and kl_bundle <= limit and documents_pass,
         kl_bundle=kl_bundle,
         kl_base=kl_base,
         limit=limit,
+        classified=classified,
         num_prompts=num_prompts,
         num_tokens=positions,
         seconds=time.monotonic() - started,
         merged_into=trained.merged_into,
+    )
+
+
+def _documents_compared(kls: list[float], gaps: list[float], limit: float) -> ClassifiedDocuments:
+    """Compare a classifier document by document: its mean hides a few documents that are read at another position."""
+    differing = sum(gap > ANSWER_GAP for gap in gaps)
+    document_limit = max(limit, SMALLEST_DOCUMENT_LIMIT)
+    finite = all(math.isfinite(kl) for kl in kls)
+    return ClassifiedDocuments(
+        passed=finite and max(kls) <= document_limit and not differing,
+        largest_kl=max(kls) if finite else math.nan,
+        limit=document_limit,
+        num_other_answers=differing,
+        largest_gap=max(gaps),
     )
 
 
@@ -117,6 +145,15 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
         VerificationError: it does not.
 
     """
+    found = figures.classified
+    if found is not None and not found.passed and figures.kl_bundle <= figures.limit:
+        raise VerificationError(
+            f"{found.num_other_answers} documents get another class from the bundle, and the largest KL(trained || bundle) of a "
+            f"document is {found.largest_kl:.3g} nats",
+            where=str(folder),
+            expected=f"the same class (or two within {ANSWER_GAP:.3f} of probability), and a KL of at most {found.limit:.3g}",
+            remedy="do not serve it; report the figures, with the base's name",
+        )
     if not figures.passed:
         raise VerificationError(
             f"KL(trained || bundle) is {figures.kl_bundle:.3g} nats",
@@ -129,46 +166,57 @@ def require_passed(figures: VerificationFigures, folder: Path) -> None:
 def _write_probe(
     probe: Path, bundle: Path, trained: TrainedModel, device: torch.device, dtype: str, max_tokens: int
 ) -> tuple[float, int, int]:
-    """Write the trained model's distributions; return (mean KL to the base, positions, documents)."""
+    """Write the trained model's distributions; return (mean KL to the base over held-out documents, positions, held-out
+    documents). A classifier's documents are the held-out ones and then the odd texts."""
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
     head = trained.base.traits.head
     by_document = head.supervises == "documents"
     width = trained.base.num_classes if by_document else trained.anatomy.vocab_size
     ids, offsets = _held_out(trained, max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width)))
+    num_held_out = len(offsets) - 1
+    if by_document and trained.base.padding is not None:
+        ids, offsets = _with_odd_documents(ids, offsets, trained)
     documents = verification_process.documents_of(ids, offsets)
     with torch.no_grad():
         untouched = _distributions(base, documents, by_document, dtype)
         with attach_artifact(base, Path(trained.artifact)):
             found = _distributions(base, documents, by_document, dtype)
-    kl_base = sum(verification_process.divergence(new, old) for new, old in zip(found, untouched, strict=True))
+    pairs = list(zip(found, untouched, strict=True))[:num_held_out]
+    kl_base = math.fsum(verification_process.divergence(new, old) for new, old in pairs) / sum(len(new) for new, _ in pairs)
     log_probs = torch.cat(found)
-    save_file(
-        {"ids": ids, "offsets": offsets, "log_probs": log_probs},
-        probe,
-        {
-            "auto_model": serving_class(bundle, head.auto_model),
-            "supervises": head.supervises,
-            "pads": str(int(trained.anatomy.ways.pads)),
-        },
-    )
-    return kl_base / len(log_probs), len(log_probs), len(documents)
+    about = {
+        "auto_model": serving_class(bundle, head.auto_model),
+        "supervises": head.supervises,
+        "pads": str(int(trained.anatomy.ways.pads)),
+        "loader": "" if trained.base.pooling.by_class else LOADER,
+    }
+    save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, about)
+    return kl_base, len(log_probs), num_held_out
+
+
+def _with_odd_documents(ids: torch.Tensor, offsets: torch.Tensor, trained: TrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, offsets) with the texts whose last token is easily mistaken after the held-out documents."""
+    odd = odd_documents(load_tokenizer(Path(trained.base.folder)))
+    rows = [torch.tensor(each) for each in odd if len(each) <= trained.anatomy.max_positions]
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0) + offsets[-1]
+    return torch.cat([ids, *rows]), torch.cat([offsets, ends])
 
 
 def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str) -> list[torch.Tensor]:
-    """Return the trained model's distributions as training computed them: a class is read from a document's last token, even
-    if that is the padding token."""
+    """Return the trained model's distributions; a class's as training computes them, by the objective."""
     model: Any = base.model
     if dtype == "float32":
         compute_in_float32(model)
     model.eval()
-    # With a padding id, transformers reads the class off the last token that is not padding, which may differ from training.
-    pad = model.config.pad_token_id
-    model.config.pad_token_id = None if by_document else pad
     try:
-        pads = base.anatomy.ways.pads
-        return list(verification_process.distributions(model, documents, by_document=by_document, pads=pads))
+        if not by_document:
+            pads = base.anatomy.ways.pads
+            return list(verification_process.distributions(model, documents, by_document=False, pads=pads))
+        objective = objective_of(base, model.get_submodule(head_name(base).rpartition(".")[0]))
+        device = next(model.parameters()).device
+        rows = [(ids[None].to(device), torch.tensor([len(ids)], device=device)) for ids in documents]
+        return [torch.log_softmax(objective.class_logits(*row).float(), dim=-1).cpu() for row in rows]
     finally:
-        model.config.pad_token_id = pad
         model.train()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,14 @@ def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     return float(terms.masked_fill_(reference == -torch.inf, 0.0).sum(dtype=torch.float64))
 
 
+def answer_gaps(reference: torch.Tensor, other: torch.Tensor) -> list[float]:
+    """Return for each document by how much probability the reference prefers its own class to that of the other; 0 where they
+    agree. Both log-probabilities [documents, classes]."""
+    shares = reference.exp()
+    chosen = shares.gather(1, other.argmax(-1, keepdim=True))
+    return (shares.max(-1).values - chosen[:, 0]).tolist()
+
+
 def documents_of(ids: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
     bounds = offsets.tolist()
     return [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
@@ -86,9 +95,10 @@ def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[to
         yield batch
 
 
-def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes: int, offload: str) -> tuple[Any, dict[str, Any]]:
-    """Load the bundle by plain transformers, offloading to disk what does not fit."""
-    kind = getattr(transformers, auto_model)
+def _load(
+    bundle: Path, *, auto_model: str, loader: str, device: str, dtype: str, free_bytes: int, offload: str
+) -> tuple[Any, dict[str, Any]]:
+    """Load the bundle by plain transformers, or by its own loader, offloading to disk what does not fit."""
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
     # Weights are stored in 16 bits and doubled when loaded as float32.
     needed = stored * 2 if dtype == "float32" else stored
@@ -97,10 +107,15 @@ def _load(bundle: Path, *, auto_model: str, device: str, dtype: str, free_bytes:
     else:
         limits = {"cpu": int(RESIDENT_SHARE * free_bytes)}
         place = {"device_map": "auto", "offload_folder": offload, "max_memory": limits}
-    loaded: Any = kind.from_pretrained(
-        bundle, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **place
-    )
-    return loaded
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    if not loader:
+        return getattr(transformers, auto_model).from_pretrained(bundle, output_loading_info=True, **options, **place)
+    # The loader does not tell what was missing: without memory, transformers does.
+    meta: Any = transformers.AutoModel.from_pretrained(bundle, output_loading_info=True, device_map={"": "meta"}, **options)
+    # A pooler that the base does not have is not read.
+    missing = [name for name in meta[1]["missing_keys"] if not name.startswith("pooler.")]
+    classifier = runpy.run_path(str(bundle / loader))["Classifier"]
+    return classifier(bundle, **options, **place), {**meta[1], "missing_keys": missing}
 
 
 def main() -> None:
@@ -117,6 +132,7 @@ def main() -> None:
         model, loading = _load(
             options.bundle,
             auto_model=head["auto_model"],
+            loader=head.get("loader", ""),
             device=options.device,
             dtype=options.dtype,
             free_bytes=options.free_bytes,
@@ -124,12 +140,16 @@ def main() -> None:
         )
         model.eval()
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
-        trained, total, start = probe.get_slice("log_probs"), 0.0, 0
-        for found in distributions(model, documents, by_document=head["supervises"] == "documents", pads=head["pads"] == "1"):
-            total += divergence(trained[start : start + len(found)], found)
+        by_document = head["supervises"] == "documents"
+        trained, kls, gaps, start = probe.get_slice("log_probs"), list[float](), list[float](), 0
+        for found in distributions(model, documents, by_document=by_document, pads=head["pads"] == "1"):
+            reference = trained[start : start + len(found)]
+            kls.append(divergence(reference, found))
+            gaps += answer_gaps(reference, found) if by_document else []
             start += len(found)
     answer = {
-        "kl_sum": total,
+        "kls": kls,
+        "gaps": gaps,
         "positions": start,
         "missing": sorted(map(str, loading["missing_keys"])),
         "mismatched": sorted(map(str, loading["mismatched_keys"])),

@@ -132,6 +132,11 @@ def _format(spec: JobSpec) -> Iterator[Finding]:
         yield Finding(("data", "delimiter"), f"{data.delimiter!r} cannot be a delimiter", 'for example ";"')
 
 
+def _classifier(spec: JobSpec) -> Iterator[Finding]:
+    if spec.classify is not None and not spec.traits.head.is_new:
+        yield Finding(("classify",), f"task {spec.task} has no classifier", "remove it, or write task: classify", (("task",),))
+
+
 def _metric(spec: JobSpec) -> Iterator[Finding]:
     if spec.search is None:
         return
@@ -405,6 +410,7 @@ CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
     _shares,
     _columns,
     _format,
+    _classifier,
     _metric,
     _policies,
     _points,

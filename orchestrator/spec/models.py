@@ -246,6 +246,14 @@ class SearchSpec(Section):
         return min(self.trials, len(self.points)) if self.algorithm == "fixed" else self.trials
 
 
+class ClassifySpec(Section):
+    """What a classifier reads of a text; only with `task: classify`."""
+
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """The hidden states that the new head classifies: the mean over a text's tokens, those of its first token or of its last.
+    `auto`: as a sentence encoder's `1_Pooling` says; else what the transformers class of the base does."""
+
+
 class FinetuneSpec(Section):
     """The one trial of the `finetune` job."""
 
@@ -299,6 +307,7 @@ class JobSpec(Section):
     base: BaseSpec
     task: Task
     data: DataSpec
+    classify: ClassifySpec | None = None
     train: TrainSpec = TrainSpec()
     search: SearchSpec | None = None
     finetune: FinetuneSpec | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 from orchestrator.spec.loader import LoadedSpec, resolved_yaml
-from orchestrator.spec.models import ADAPTER_KEYS, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
+from orchestrator.spec.models import ADAPTER_KEYS, ClassifySpec, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -31,6 +31,8 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         for key in ADAPTER_KEYS:
             if section[key] == default[key]:
                 del section[key]
+    if spec.classify in (None, ClassifySpec()):
+        del values["classify"]
     if values["data"]["dedupe"] == "exact":
         del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():

@@ -205,7 +205,8 @@ def check_artifact(folder: Path) -> Manifest:
 
 def _files(folder: Path) -> list[Path]:
     found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in found if path != folder / MANIFEST)
+    # Python's own cache of a bundle's classify.py is not content.
+    return sorted(path for path in found if path != folder / MANIFEST and path.parent.name != "__pycache__")
 
 
 def _aside(final: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.data import TokenizedSet
@@ -15,6 +15,7 @@ from orchestrator.train.checkpoint.saving import Saver
 from orchestrator.train.engines.construction import forward_ready
 from orchestrator.train.engines.engine import is_partitioned
 from orchestrator.train.model.base import LoadedBase
+from orchestrator.train.model.logistic import FittedHead
 from orchestrator.train.model.objective import objective_of
 from orchestrator.train.ranks import Ranks
 from orchestrator.train.trunk.library import TrunkLibrary
@@ -57,6 +58,8 @@ class HostContext:
     saver: Saver
     base_test: str = ""
     """What the self-test of the base found."""
+    fitted_heads: dict[str, FittedHead] = field(default_factory=dict[str, FittedHead])
+    """Classifiers fitted on the base's features (`head_fit`), by what they depend on."""
 
     @classmethod
     def create(cls, base: LoadedBase, fingerprint: Mapping[str, str], execution: ExecutionPlan, ranks: Ranks) -> HostContext:

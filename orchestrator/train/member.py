@@ -22,6 +22,7 @@ from orchestrator.train.checkpoint.snapshot import take_snapshot
 from orchestrator.train.context import HostContext
 from orchestrator.train.engines.engine import Engine, is_partitioned, layout_of
 from orchestrator.train.engines.zero3_warm import assign_whole
+from orchestrator.train.head_fit import start_from_fit, starts_from_fit
 from orchestrator.train.loop import LoopState, LoopTrial, SteadySpeed
 from orchestrator.train.memory import growth_bytes, memory_in_use
 from orchestrator.train.model.objective import Objective
@@ -154,6 +155,9 @@ def open_member(setup: SessionSetup, outcome: TrialOutcome[TrainRung], branch: B
     """
     sets = TrainingSets(outcome.work, setup.context.sets.load, setup.context.trunk)
     start = _start_point(setup, outcome, branch)
+    if start is None and starts_from_fit(branch, outcome.work.trial.control):
+        # Before the engine, which copies its master weights.
+        outcome.notes.append(start_from_fit(setup.context, setup.execution, sets, branch, objective))
     engine = build_engine(setup.context, setup.execution, sets, objective, branch)
     try:
         if start is not None and start.exact:

@@ -92,6 +92,20 @@ class MemoryRow(Value):
     """Number of those that failed because nothing smaller was left to try."""
 
 
+class ClassifiedDocuments(Value):
+    """A classifier's bundle compared with the trained model document by document."""
+
+    passed: bool
+    largest_kl: float
+    """Largest KL(trained || bundle) of a document, nats; NaN if one is not finite."""
+    limit: float
+    """Of that figure."""
+    num_other_answers: int
+    """Documents that get another class, beyond rounding."""
+    largest_gap: float
+    """Largest difference between the trained model's probabilities of its own class and the bundle's."""
+
+
 class VerificationFigures(Value):
     """Comparison of the bundle with the trained model (docs/design.md, law 5). KL divergences are means, nats per token."""
 
@@ -101,6 +115,8 @@ class VerificationFigures(Value):
     kl_base: float
     """KL(trained || base)."""
     limit: float
+    classified: ClassifiedDocuments | None = None
+    """None for other tasks, and in records of older versions."""
     num_prompts: int
     num_tokens: int = 0
     seconds: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from orchestrator.anatomy.values import Pooling
 from orchestrator.spec.models import Quantize, Task
 from orchestrator.spec.tasks import TASKS, TaskTraits
 from orchestrator.values import Value
@@ -64,6 +65,15 @@ class ExecutionPlan(Value):
         )
 
 
+class Padding(Value):
+    """The token that pads texts to classify. It ends no text, since transformers' decoders classify the last token that is not
+    it."""
+
+    token_id: int
+    token: str
+    """Its spelling in the tokenizer; in the bundle's tokenizer it is the padding token."""
+
+
 class BaseLoad(Value):
     """The parameters with which a rank loads the base."""
 
@@ -77,6 +87,10 @@ class BaseLoad(Value):
     """The hub's commit; of a local folder what the spec says."""
     hub_id: str = ""
     """Id of the repository on the hub that `folder` is a copy of; empty for a local folder."""
+    pooling: Pooling = Pooling()
+    """What a new classifier reads of a text."""
+    padding: Padding | None = None
+    """The padding token of a new classifier; None in records of older versions, and for other tasks."""
 
     @property
     def shown(self) -> str:

@@ -2,12 +2,14 @@
 
     scripts/bench memory [--bases NAME ...] [--policies POLICY ...] [--tokens N ...] [--blocks N] [--json]
     scripts/bench memory --families
+    scripts/bench memory --kinds [NAME ...]
 
 Each case is one rank in bfloat16, one row a micro-batch, every position supervised: two optimizer steps and an evaluation,
 counted on tensors without memory (see allocations.py). `moving` leaves out what is there all the time, weights and
 states, which the plan knows to the byte: it is the harder figure, and no goal hangs on it. `--blocks` cuts the models
 down to so many blocks, in the plan and in the count alike, which is quicker. `--families` takes four blocks of each other
-layout that the anatomy knows, at a width near that of a published model. A policy may end in options of its adapters:
+layout that the anatomy knows, at a width near that of a published model, `--kinds` layouts that are learned from their class. A
+policy may end in options of its adapters:
 "lora all kind=dora dropout=0.1 modules=mlp".
 """
 
@@ -64,6 +66,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }.items()
 }
 FAMILY_POLICIES = ["lora all", "full last:2"]
+ROUTED = {"num_local_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512}
+WIDE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    name: SMALL | {"model_type": name} | sizes
+    for name, sizes in {
+        "bloom": {"n_head": 16, "hidden_size": 2048, "n_layer": 4},
+        "cohere": WIDE,
+        "deepseek_v3": WIDE
+        | {"num_key_value_heads": 16, "n_routed_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
+        | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 512, "kv_lora_rank": 256},
+        "falcon_h1": WIDE | {"mamba_d_ssm": 2048, "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 64},
+        "gemma2": WIDE | {"head_dim": 128},
+        "gpt2": {"n_embd": 2048, "n_layer": 4, "n_head": 16},
+        "gpt_oss": WIDE | ROUTED | {"head_dim": 64},
+        "granite": WIDE,
+        "olmo2": WIDE,
+        "opt": {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 16, "word_embed_proj_dim": 2048},
+        "qwen3_next": WIDE | {"num_experts": 32, "shared_expert_intermediate_size": 512, "head_dim": 128} | ROUTED,
+    }.items()
+}
+"""Layouts whose costs are counted on their class: no formula knows them, or not all of what they do."""
+KIND_POLICIES = ["lora all", "lora last:2", "full last:2"]
 
 
 def main() -> None:
@@ -71,8 +101,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     rows = []
-    bases = FAMILIES if options.families else {name: _config(name, options.blocks) for name in options.bases}
-    for row in measure(bases, FAMILY_POLICIES if options.families else options.policies, options.tokens):
+    bases, policies = _bases(options)
+    for row in measure(bases, policies, options.tokens):
         rows.append(row)
         if not options.json:
             print(_line(row), flush=True)
@@ -110,6 +140,15 @@ def measure(bases: dict[str, dict[str, Any]], policies: list[str], tokens: list[
             }
 
 
+def _bases(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the configs of the bases, and the policies."""
+    if options.families:
+        return FAMILIES, FAMILY_POLICIES
+    if options.kinds is not None:
+        return {name: KINDS[name] for name in options.kinds or KINDS}, options.policies or KIND_POLICIES
+    return {name: _config(name, options.blocks) for name in options.bases}, options.policies or list(POLICIES)
+
+
 def _config(name: str, blocks: int | None) -> dict[str, Any]:
     config = json.loads((SHAPES / name / "config.json").read_bytes())
     return config if blocks is None else config | {"num_hidden_layers": blocks}
@@ -140,10 +179,11 @@ def _line(row: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--families", action="store_true")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

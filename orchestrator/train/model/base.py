@@ -27,6 +27,7 @@ from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.experts import ADAPTED
 from orchestrator.train.model.heads import head_of
 from orchestrator.train.model.int8 import RowScales, use_weights_only
+from orchestrator.train.model.pooling import remove_unread
 from orchestrator.train.model.stored import read_parameters
 from orchestrator.work.execution import BaseLoad, ExecutionPlan
 
@@ -168,18 +169,28 @@ def _from_folder(
             raise
         raise BaseError(f"the base cannot be loaded: {error}", where=load.folder) from error
     use_weights_only(model, dtype)
-    _round_decoded(model, anatomy)
+    _settle_decoded(model, anatomy, dtype)
     if load.traits.head.is_new:
-        reset_new_parameters(model, new_parameter_names(model, anatomy), seed=0)
+        new = new_parameter_names(model, anatomy)
+        if not load.pooling.by_class:
+            remove_unread(model, [name for name in new if name not in (anatomy.classifier_weight, anatomy.classifier_bias)])
+            new = new_parameter_names(model, anatomy)
+        reset_new_parameters(model, new, seed=0)
     return model
 
 
-def _round_decoded(model: PreTrainedModel, anatomy: ModelAnatomy) -> None:
-    """Round weights that were decoded to float32 as the bundle stores them, so that both compute the same."""
-    for name, info in anatomy.tensors.items():
-        if any(part.encoding is not None for part in info.stored_parts):
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+def _settle_decoded(model: PreTrainedModel, anatomy: ModelAnatomy, dtype: torch.dtype) -> None:
+    """Give the parameters of a decoded base the dtype that was asked for: transformers keeps the stored one for those that
+    were not quantized. The others are rounded as the bundle stores them, so that both compute the same."""
+    if not anatomy.encoding:
+        return
+    kept: set[str] = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
+    for name, parameter in model.named_parameters():
+        parts = anatomy.tensors[name].stored_parts if name in anatomy.tensors else ()
+        if any(part.encoding is not None for part in parts):
+            parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
@@ -195,8 +206,17 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
-    """Return the modules that keep 16 bits: everything outside the blocks that has a weight, and routers."""
+    """Return the modules that keep 16 bits: everything outside the blocks with a weight, routers, and layers whose class reads
+    the weight itself."""
+    linears = {name for block in anatomy.linears for name in block}
+    modules = tuple(name.rpartition(".")[0] for name in linears)
     outside = [name for block in anatomy.routers for name in block]
+    outside += [
+        name
+        for name in {name for block in anatomy.blocks for name in block} - linears
+        # transformers matches names by their beginnings: `mlp.gate` must not keep `mlp.gate_proj` from being quantized.
+        if len(anatomy.tensors[name].shape) == 2 and not any(each.startswith(name.rpartition(".")[0]) for each in modules)
+    ]
     outside += [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]

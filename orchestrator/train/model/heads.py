@@ -18,19 +18,14 @@ import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from orchestrator.anatomy.values import ModelAnatomy, Ways
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.spec.tasks import TASKS, HeadKind, Task
 from orchestrator.train.model.attention import documents_apart
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap, is_plain, linear_cross_entropy, token_losses
+from orchestrator.train.model.pooling import Read, classify_config, pooled
 from orchestrator.work.execution import BaseLoad
 
 IGNORED = -100
@@ -71,7 +66,8 @@ class Parts:
     head: nn.Module
     """The map from hidden states to logits."""
     encoder: bool
-    """An encoder classifies with its own layers."""
+    read: Read
+    """What a classifier reads of a row; `class`: the model computes the logits with its own layers."""
     final_norm: FinalNorm | None
     ways: Ways = DEFAULT_WAYS
     logit_map: LogitMap = AS_PROJECTED
@@ -215,14 +211,14 @@ class LanguageModelHead:
 
 
 class ClassificationHead:
-    """A new head over the classes: the loss of each document, off the last token of its row."""
+    """A new head over the classes: the loss of each document, off the pooled states of its row."""
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
         kind: Any = getattr(transformers, architecture) if architecture else AutoModelForSequenceClassification
         return kind.from_pretrained(
             # A checkpoint may have a classifier for other classes: ours is new in any case.
             load.folder,
-            config=_classify_config(load),
+            config=classify_config(load),
             ignore_mismatched_sizes=True,
             **options,
         )
@@ -233,21 +229,18 @@ class ClassificationHead:
     def run_blocks(
         self, parts: Parts, inputs: Mapping[str, torch.Tensor], position_ids: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Return [B, L, H] of a decoder, or an encoder's own class logits [B, classes]."""
+        """Return [B, L, H] after the backbone or, of an encoder that pools by itself, its class logits [B, classes]."""
         num_tokens = position_ids.shape[1]
         positions = torch.arange(num_tokens, device=position_ids.device)
         mask = (positions < lengths.clamp(min=1)[:, None]).long()
-        if parts.encoder:
+        if parts.read == "class":
             return parts.model(**inputs, attention_mask=mask).logits
-        return parts.backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        options = {} if parts.encoder else {"use_cache": False}
+        return parts.backbone(**inputs, attention_mask=mask, **options).last_hidden_state
 
     def select(self, parts: Parts, states: torch.Tensor, targets: Targets) -> Supervised:
         """Select the rows that hold a document."""
-        logits = states
-        if not parts.encoder:
-            rows = torch.arange(states.shape[0], device=states.device)
-            # The last token has seen the whole document. An empty row has none and is dropped below.
-            logits = parts.head(states[rows, (targets.lengths - 1).clamp(min=0)])
+        logits = states if parts.read == "class" else parts.head(pooled(states, targets.lengths, parts.read))
         chosen = targets.class_labels >= 0
         return Supervised(logits[chosen], targets.class_labels[chosen], targets.document_ids[:, 0][chosen])
 
@@ -328,19 +321,3 @@ def _per_trial(
     shape = (num_trials, values.shape[0] // num_trials)
     parts = zip(values.unflatten(0, shape).unbind(), targets.unflatten(0, shape).unbind(), strict=True)
     return torch.stack([loss_sum(part, part_targets) for part, part_targets in parts])
-
-
-def _classify_config(load: BaseLoad) -> PreTrainedConfig:
-    names = load.class_names or tuple(f"class {number}" for number in range(load.num_classes))
-    config = AutoConfig.from_pretrained(
-        load.folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        num_labels=load.num_classes,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
-    # transformers refuses batches of a sequence classifier without a pad token; the attention mask hides it.
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
-    return config

@@ -6,19 +6,22 @@ Shapes: B rows, L tokens a row, H hidden size.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
-from orchestrator.anatomy.values import ModelAnatomy, Ways
+from orchestrator.anatomy.values import ModelAnatomy, Pooling, Ways
 from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
 from orchestrator.train.model.balance import BalanceLoss, balance_of
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Parts, Targets, head_of
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
+from orchestrator.train.model.pooling import read_by_head
 from orchestrator.train.trunk.port import entering
+
+CLASS_POOLING = Pooling()
 
 
 class Objective(nn.Module):
@@ -37,6 +40,7 @@ class Objective(nn.Module):
         task: Task,
         *,
         encoder: bool = False,
+        pooling: Pooling = CLASS_POOLING,
         final_norm: nn.Module | None = None,
         blocks: nn.Module | None = None,
         cut: int = 0,
@@ -48,7 +52,8 @@ class Objective(nn.Module):
         Args:
             backbone: A module whose forward returns `last_hidden_state` [B, L, H].
             head: The map from hidden states to logits.
-            encoder: Whether the model is an encoder, which classifies by itself.
+            encoder: Whether the model is an encoder, which classifies by itself unless `pooling` says otherwise.
+            pooling: What a classifier reads.
             final_norm: The backbone's last norm (`final_norm_of`), applied here to the positions that need it; if None, the
                 backbone applies it itself at every position.
             blocks: The backbone's blocks, needed if `forward` is given stored states for those below `cut`.
@@ -62,8 +67,8 @@ class Objective(nn.Module):
         norm = FinalNorm(final_norm, *_place_in(backbone, final_norm)) if final_norm is not None else None
         # Inside values: as attributes, nn.Module would register these modules a second time, beside `model`.
         self._head = head_of(task)
-        self._parts = Parts(model, backbone, head, encoder, norm, ways, logit_map)
-        self._blocks = (cast("nn.ModuleList", blocks),)
+        self._parts = Parts(model, backbone, head, encoder, read_by_head(pooling, encoder=encoder), norm, ways, logit_map)
+        self._blocks = (cast("nn.ModuleList | None", blocks),)
         self._cut = cut
         self._balance = balance
 
@@ -112,10 +117,34 @@ class Objective(nn.Module):
             loss_sum = loss_sum + balance.sum_over(router_logits, document_ids >= 0, supervised.targets.numel())
         return loss_sum
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the model. In train mode everything below the cut stays in eval mode: nothing there is trained, and its
+        states are features, the same at every step, whether they are stored or not. So there is no dropout below the cut."""
+        super().train(mode)
+        blocks = self._blocks[0]
+        if mode and self._cut and blocks is not None:
+            live = {module for block in list(blocks)[self._cut :] for module in block.modules()}
+            for module in self._parts.backbone.modules():
+                module.training = module in live
+        return self
+
+    def class_logits(self, input_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a classifier's logits [B, classes], as training computes them, of one document a row.
+
+        Args:
+            input_ids: int64[B, L].
+            lengths: int64[B], tokens of each row; at least 1.
+            hidden: As in `forward`.
+        """
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        states = self.run_blocks(input_ids, position_ids, lengths, hidden)
+        every = torch.zeros_like(lengths)
+        return self._head.select(self._parts, states, Targets(input_ids, torch.zeros_like(input_ids), every, lengths)).values
+
     def run_blocks(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return [B, L, H] of a decoder, before its final norm, or an encoder's own class logits [B, classes].
+        """Return [B, L, H] before the final norm (for a classifier after it), or an encoder's own class logits [B, classes].
 
         Args:
             input_ids: int64[B, L].
@@ -128,7 +157,10 @@ class Objective(nn.Module):
             return self._head.run_blocks(self._parts, inputs, position_ids, lengths)
 
     def _entering(self, hidden: torch.Tensor | None) -> AbstractContextManager[None]:
-        return nullcontext() if hidden is None else entering(self._blocks[0], self._cut, hidden)
+        if hidden is None:
+            return nullcontext()
+        assert self._blocks[0] is not None
+        return entering(self._blocks[0], self._cut, hidden)
 
 
 def objective_of(base: LoadedBase, head: nn.Module, cut: int = 0) -> Objective:
@@ -159,6 +191,7 @@ def make_objective(
         head if head is not None else model.get_submodule(weight.rpartition(".")[0]),
         task,
         encoder=anatomy.kind == "encoder",
+        pooling=anatomy.pooling,
         final_norm=final_norm_of(model, anatomy),
         blocks=model.get_submodule(anatomy.blocks_module),
         cut=cut,

@@ -56,19 +56,6 @@ def trunk_key(base: LoadedBase, fingerprint: Mapping[str, str], data: TokenizedS
     return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def random_below(model: nn.Module, blocks: nn.ModuleList, cut: int) -> str:
-    """Return the first module below the cut that draws random numbers in training; empty if there is none.
-
-    Its hidden states differ from pass to pass, so that stored ones cannot replace them.
-    """
-    above = {id(module) for index in range(cut, len(blocks)) for module in blocks[index].modules()}
-    for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if id(module) not in above and isinstance(rate, float) and rate > 0 and "classifier" not in name:
-            return f"{name}: dropout {rate:g}"
-    return ""
-
-
 @dataclass
 class _Filling:
     """The pieces of a set at every cut that exist so far."""
@@ -134,10 +121,15 @@ class TrunkBuilder:
         filling = _Filling(data, chunk_borders(data.offsets, self.base.anatomy.hidden_size * self.base.dtype.itemsize), chunks)
         for number in range(filling.num_pieces):
             filling.look(number)
-        if self.partitioned:
-            self._make_together(filling)
-        else:
-            self._make(filling)
+        # Without dropout, as training computes what lies below a cut.
+        self.objective.eval()
+        try:
+            if self.partitioned:
+                self._make_together(filling)
+            else:
+                self._make(filling)
+        finally:
+            self.objective.train()
         return {cut: TrunkStates(data, cut, filling.borders, filling.pieces(cut)) for cut in chunks}
 
     def _make(self, filling: _Filling) -> None:

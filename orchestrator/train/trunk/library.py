@@ -6,9 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from orchestrator.data import TokenizedSet
 from orchestrator.store import cache_folder
@@ -16,7 +13,7 @@ from orchestrator.train.batches import RowPlan
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import Objective
 from orchestrator.train.ranks import Ranks
-from orchestrator.train.trunk.build import TrunkBuilder, random_below, trunk_key
+from orchestrator.train.trunk.build import TrunkBuilder, trunk_key
 from orchestrator.train.trunk.cache import TrunkCache
 from orchestrator.train.trunk.chunks import Chunks, DiskChunks, MemoryChunks
 from orchestrator.train.trunk.states import TrunkStates
@@ -80,12 +77,6 @@ class TrunkLibrary:
         paths = dict.fromkeys(path for path in (data.train, data.eval, data.retain, data.replay) if path)
         wanted = [path for path in paths if any((path, cut) not in self._states for cut in plan.cuts)]
         if not wanted or self._refused:
-            return 0.0
-        blocks = cast("nn.ModuleList", self._base.model.get_submodule(self._base.anatomy.blocks_module))
-        random = random_below(self._base.model, blocks, max(plan.cuts))
-        if random:
-            self._refused = True
-            note(f"the trunk is not stored: it is random below block {max(plan.cuts)} ({random})")
             return 0.0
         builder = TrunkBuilder(self._base, objective, rows, self._ranks, partitioned)
         for path in wanted:

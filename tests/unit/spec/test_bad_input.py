@@ -93,6 +93,8 @@ ROWS = [
     ("max_tokens: 512", "columns: {label: c}", "data.columns.label", 7, 20, "does not use this column", "prompt and completion"),
     ("max_tokens: 512", "columns: {completion: prompt}", "data.columns.completion", 7, 25, "already the column of prompt", ""),
     ("max_tokens: 512", "columns: {prompt: ''}", "data.columns.prompt", 7, 21, "empty", ""),
+    ("train:\n", "classify: {pooling: mean}\ntrain:\n", "classify", 8, 11, "has no classifier", "write task: classify"),
+    ("train:\n", "classify: {pooling: maen}\ntrain:\n", "classify.pooling", 8, 21, "auto", "did you mean mean?"),
     ("search:\n", "search:\n  metric: accuracy\n", "search.metric", 11, 11, "does not fit task completion", "loss | exact_match"),
     ("search:\n", "search:\n  metric: exact_mach\n", "search.metric", 11, 11, "is not a metric", "did you mean exact_match?"),
     ("search:\n", "search:\n  metric: 'a.b:c d'\n", "search.metric", 11, 11, "package.module:function", ""),

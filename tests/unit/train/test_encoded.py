@@ -83,6 +83,7 @@ def test_what_is_decoded_is_what_transformers_loads(kind: str, method: str, tmp_
     base = load_base(load, anatomy, dtype=torch.float32, device=torch.device("cpu"))
     original = base.read_original(anatomy.tensors)
     for name, parameter in base.model.named_parameters():
+        assert parameter.dtype == torch.float32, name
         assert torch.equal(parameter, original[name]), name
 
 

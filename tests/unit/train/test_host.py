@@ -555,6 +555,8 @@ def test_classifiers(kind: str, llama_folder: Callable[..., Path], bert_folder: 
     head = bench.run("head", policy="head", tune="full", control="head")
     assert head.state == "done", head.reason
     assert head.retain_loss is None
+    # The encoder's pooler is missing: it is trained with the classifier, from random weights.
+    assert any("logistic regression" in note for note in head.notes) == (kind == "decoder")
     tuned = bench.run("tuned", metric="macro_f1")
     bench.run("again")
     assert tuned.metrics.keys() == {"loss", "accuracy", "macro_f1"}

@@ -244,6 +244,16 @@ def test_the_peak_with_adapters_of_every_kind_is_what_a_step_allocates(repositor
         assert case["ratio"] == pytest.approx(1, abs=0.02), case
 
 
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "qwen3_next"))]
+)
+def test_the_peak_is_right_where_costs_are_counted_on_the_class(repository: Path, name: str) -> None:
+    found = measured(repository, "--kinds", name, "--policies", "lora all", "full last:2", "--tokens", "512")
+    assert len(found["cases"]) == 4
+    for case in found["cases"]:
+        assert case["ratio"] == pytest.approx(1, abs=0.03), case
+
+
 @pytest.mark.slow
 def test_the_peak_is_right_for_every_other_layout(repository: Path) -> None:
     found = measured(repository, "--families", "--tokens", "2048")

@@ -211,13 +211,6 @@ def test_ranks_of_a_partitioned_base_compute_what_any_of_them_misses(
         assert shelf.objective(**to_tensors(batch, torch.device("cpu"), states)).item() == expected
 
 
-def test_a_random_trunk_is_not_stored(bert_folder: Path, base_of: BuildBase, tmp_path: Path) -> None:
-    shelf = Shelf(base_of(bert_folder, task="classify"), tmp_path, cuts=(1,))
-    shelf.open()
-    assert pieces(tmp_path) == []
-    assert "dropout 0.1" in shelf.notes[0]
-
-
 BUILD = """
 import sys
 from pathlib import Path

@@ -121,6 +121,8 @@ def losses(
     made: list[float] = []
     with open_branch(base, selection, lora_alpha=8, seed=1) as branch:
         objective = objective_of(base, branch.head(), selection.cut)
+        torch.manual_seed(1)
+        objective.train()
         engine = TorchEngine(objective, branch.learning_parameters(), weight_decay=0.0, grad_clip=1.0)
         steps = step_inputs(StepPlan(data, 96, 1), rows, 0, STEPS, trunk)
         in_loop = LoopTrial(engine, trial, settings, lambda report, _: made.append(report.loss))
@@ -185,8 +187,9 @@ def test_gpt2_with_position_embeddings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_encoder_that_classifies(tmp_path: Path, tune: str) -> None:
-    config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    base, data = make_base(tmp_path, config, torch.float32, "classify"), make_set(classes=True)
+    """Its dropout applies above the cut only, so that stored states are those of every step."""
+    base, data = make_base(tmp_path, BertConfig(**SIZES), torch.float32, "classify"), make_set(classes=True)
+    assert base.anatomy.dropout
     rows = RowPlan(48, 4, pack=False)
     plain, plain_after = losses(base, data, "last:2", tune, rows, None)
     cached, cached_after = losses(base, data, "last:2", tune, rows, stored(base, data, 2, rows))
