@@ -73,7 +73,7 @@ def examined(types: Iterable[str], *, quick: bool) -> Iterable[dict[str, Any]]:
         import torch
         from transformers.utils import logging
 
-        import scripts.base_matrix.one  # noqa: F401
+        import scripts.base_matrix.one
         import scripts.benchmarks.allocations  # noqa: F401
         from orchestrator.train.engines.deepspeed_engine import load_deepspeed
 

@@ -18,27 +18,27 @@ ORDER = tuple(GROUPS)
 INTRODUCTION = """\
 # Bases
 
-Which types of models can be trained, and how. The page is written by `scripts/bases --write`; `scripts/bases TYPE` tries one type,
+Which types of models can be trained, and how. The page is written by `scripts/bases --write`; `scripts/bases TYPE` tries one,
 `scripts/bases --quick` the {quick} types that CI tries. transformers {transformers}, torch {torch}, on a CPU in float32.
 
-A type that is not listed is no less supported: its layout is learned from its transformers class (`orchestrator plan` says what was
-found). A row says what was seen of a small model of the type, with as few blocks as show every kind, random weights and a vocabulary
-of 256. It is saved as the type is published, and goes through the same steps as a job: its layout is read from the folder, the base
-is loaded and tested, LoRA and full fine-tuning train every block for {steps} steps, the result is merged, and plain transformers
-loads the merged folder.
+A type that is not listed is no less supported: its layout is learned from its transformers class (`orchestrator plan` says what
+was found). A row says what was seen of a small model of the type, with as few blocks as show every kind, random weights and a
+vocabulary of 256. It is saved as the type is published, and goes through the steps of a job: its layout is read from the folder,
+the base is loaded and tested, LoRA and full fine-tuning train every block for {steps} steps, the result is merged, and plain
+transformers loads the merged folder.
 
 | column | meaning |
 |---|---|
 | layout | `table`: described in `anatomy/layouts/`; `class`: learned from the transformers class |
-| rows | `packed`: documents share a row; `single`: a document a row, several rows a micro-batch; `one`: a document a micro-batch, without \
-padding. `own logits`: the class computes its logits, at every position. Notes below say why |
+| rows | `packed`: documents share a row; `single`: a document a row, several rows a micro-batch; `one`: a document a \
+micro-batch, without padding. `own logits`: the class computes its logits, at every position. Notes below say why |
 | attention | `by document`: blocks of a packed row, without a mask; `sdpa`, `eager`: the class's own implementation |
 | LoRA, full | loss of the first and the last step |
-| served | the merged model, loaded by plain transformers, has the trained model's logits (class logits), `generate` with its caches \
-answers the same tokens, and the stored tensors have the base's names, after LoRA and after full fine-tuning |
+| served | the merged model, loaded by plain transformers, has the trained model's logits (class logits), `generate` with its \
+caches answers the same tokens, and the stored tensors have the base's names, after LoRA and after full fine-tuning |
 | nf4 | loss of the first and the third step of LoRA on the quantized base |
-| memory | planned / counted memory of a step in bfloat16, at the published width with at least four blocks, {tokens} tokens: LoRA on all \
-blocks, full fine-tuning of the last two. Counted are the allocations of a step on tensors without memory |
+| memory | planned / counted memory of a step in bfloat16, at the published width with at least four blocks, {tokens} tokens: \
+LoRA on all blocks, full fine-tuning of the last two. Counted are the allocations of a step on tensors without memory |
 """
 
 
@@ -114,8 +114,8 @@ def _summary(rows: Sequence[Row]) -> str:
     found = counts(rows)
     ways = ", ".join(f"{count} {name}" for name, count in found["ways"].items())
     return (
-        f"Of {found['types']} types {found['passed']} train, merge and serve as trained ({ways}; {found['learned']} learned from the "
-        f"class), {found['refused']} are refused and {found['fails']} fail. nf4 trains {found['nf4']}. The memory of "
+        f"Of {found['types']} types {found['passed']} train, merge and serve as trained ({ways}; {found['learned']} learned from "
+        f"the class), {found['refused']} are refused and {found['fails']} fail. nf4 trains {found['nf4']}. The memory of "
         f"{found['within']} of {found['counted']} counted types is planned within 5%, {found['experts']} of them with experts.\n"
     )
 

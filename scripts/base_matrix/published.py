@@ -1,7 +1,7 @@
 """The types of the matrix, each with a published base of it.
 
-The config of a type is the default one of its transformers class, which is that of a published base or near it; `CHANGES` has what
-a default leaves out.
+The config of a type is the default one of its transformers class, which is that of a published base or near it; `CHANGES` has
+what a default leaves out.
 """
 
 from __future__ import annotations
@@ -219,7 +219,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {"num_nextn_predict_layers": 0},
     "bamba": {"attn_layer_indices": [9, 18, 27], "num_hidden_layers": 32},
-    "granitemoehybrid": {"layer_types": ["attention" if number % 10 == 5 else "mamba" for number in range(40)], "num_hidden_layers": 40},
+    "granitemoehybrid": {
+        "layer_types": ["attention" if number % 10 == 5 else "mamba" for number in range(40)],
+        "num_hidden_layers": 40,
+    },
 }
 
 QUICK = (
