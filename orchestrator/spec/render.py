@@ -39,6 +39,8 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         source["weight"] = 1.0 if source["weight"] is None else source["weight"]
     if not values["base"]["add_tokens"]:
         del values["base"]["add_tokens"]
+    if values["base"]["extra_tensors"] == "keep":
+        del values["base"]["extra_tensors"]
     usual = DataSpec(train="").model_dump(mode="json")
     for key in (
         "format",
