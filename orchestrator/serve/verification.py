@@ -188,6 +188,7 @@ def _write_probe(
         "auto_model": serving_class(bundle, head.auto_model),
         "supervises": head.supervises,
         "pads": str(int(trained.anatomy.ways.pads)),
+        "own_code": "1" if trained.base.code_sha256 else "",
         "loader": "" if trained.base.pooling.by_class else LOADER,
     }
     save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, about)
@@ -274,7 +275,12 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
     # -I ignores PYTHONPATH and the current folder: the process sees installed packages only, as any user's does.
     command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(probe.parent / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         command, cwd=probe.parent, env=environment, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S
     )
