@@ -21,7 +21,7 @@ from orchestrator.values import content_hash
 
 SECONDS = 600
 """Longest time that a class may take to be built."""
-OWN_CODE = "use a base of a type that transformers has, or a newer transformers; or read the code, and let it run"
+OWN_CODE = "use a base of a type that transformers has, or a newer transformers; or read its code, and pin it to let it run"
 
 
 class NotLearnedError(BaseError):

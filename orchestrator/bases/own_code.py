@@ -55,7 +55,7 @@ def require_pin(base: BaseSpec) -> None:
             "code of a model on the hub runs from one commit only",
             where=f"base.revision: {base.revision or 'not given'}",
             expected="a full commit, 40 hexadecimal digits",
-            remedy="read the code, and write the commit that you have read as `base.revision`; or remove `base.trust_remote_code`",
+            remedy="write the commit whose code you have read as `base.revision`; or remove `base.trust_remote_code`",
         )
 
 
@@ -106,14 +106,7 @@ def use_own_code(folder: Path, sha256: str) -> None:
     if not sha256 or approved_code(folder) == sha256 or not _needs_code(folder):
         return
     copy = _private_copy(folder)
-    found = code_sha256(copy)
-    if found != sha256:
-        raise BaseError(
-            f"the code that comes with the base has the hash {found or '(there is no code)'}",
-            where=str(folder),
-            expected=f"{sha256}, as pinned; nothing of it was run",
-            remedy=f"restore the code that was pinned; or read {_named(folder)}, and pin the new hash as `base.code_sha256`",
-        )
+    require_code(copy, sha256, where=folder)
     try:
         _register(copy, folder)
     except Exception as error:  # whatever foreign code raises
@@ -125,6 +118,26 @@ def use_own_code(folder: Path, sha256: str) -> None:
             remedy="check that the installed transformers is the one that the code was written for",
         ) from error
     approve(sha256)
+
+
+def require_code(folder: Path, sha256: str, *, where: Path | None = None) -> None:
+    """Check that a folder has the code with this hash, if any may run.
+
+    Args:
+        where: The folder to name in the error, where `folder` is a copy.
+
+    Raises:
+        BaseError: it has other code, or none.
+    """
+    found = code_sha256(folder) if sha256 else ""
+    if found != sha256:
+        where = where or folder
+        raise BaseError(
+            f"the code that comes with the base has the hash {found or '(there is no code)'}",
+            where=str(where),
+            expected=f"{sha256}, as pinned; nothing of it was run",
+            remedy=f"restore the code that was pinned; or read {_named(where)}, and pin the new hash as `base.code_sha256`",
+        )
 
 
 def _needs_code(folder: Path) -> bool:
@@ -162,6 +175,9 @@ def _register(copy: Path, folder: Path) -> None:
 
     values: Any = json.loads((folder / "config.json").read_bytes())
     model_type = str(values["model_type"])
+    for reference in values["auto_map"].values():
+        if "--" in str(reference):
+            raise ValueError(f"{reference} is in another repository, which nothing pins")
     model = _imported(values["auto_map"][CAUSAL], copy)
     # Not `AutoConfig` of the auto_map, which transformers would import a second time, as another class.
     config = model.config_class

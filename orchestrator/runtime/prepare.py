@@ -153,8 +153,8 @@ def prepare(
     view.phase("plan", "connecting to Ray")
     machines = cluster()
     # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
-    # the weights, and the JSON files of the model and its tokenizer.
-    files = [*sorted(path.name for path in folder.glob("*.json")), *anatomy.weight_files]
+    # the weights, the JSON files of the model and its tokenizer, and code that runs.
+    files = [*sorted(path.name for path in folder.glob("*.json")), *anatomy.code_files, *anatomy.weight_files]
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data), machines, job, known)
     if isinstance(plan, SweepPlan):

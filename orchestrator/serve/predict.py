@@ -220,7 +220,8 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
         base: The base's folder, where it is no longer where the manifest says.
 
     Raises:
-        UsageError: not a bundle; or one with code that the user does not let run; or the base of a classifier, which knows no classes; or no base where it should be.
+        UsageError: not a bundle; or one with code that the user does not let run; or the base of a classifier, which knows no
+            classes; or no base where it should be.
         VerificationError: a file of the bundle is not what its manifest says.
         BaseError: transformers cannot load it.
     """

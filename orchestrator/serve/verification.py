@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.bases.own_code import require_code
 from orchestrator.data import load_tokenizer
 from orchestrator.data.encoding.padding import odd_documents
 from orchestrator.data.sets import load_known
@@ -168,6 +169,7 @@ def _write_probe(
 ) -> tuple[float, int, int]:
     """Write the trained model's distributions; return (mean KL to the base over held-out documents, positions, held-out
     documents). A classifier's documents are the held-out ones and then the odd texts."""
+    require_code(bundle, trained.base.code_sha256)
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
     head = trained.base.traits.head
     by_document = head.supervises == "documents"
