@@ -59,7 +59,9 @@ def write_own_base(folder: Path) -> Path:
         pad_token_id=0,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": AUTO_MAP}
     (folder / "config.json").write_text(json.dumps(values))

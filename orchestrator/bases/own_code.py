@@ -140,15 +140,20 @@ def require_code(folder: Path, sha256: str, *, where: Path | None = None) -> Non
         )
 
 
+def is_native(model_type: object) -> bool:
+    """Return whether transformers itself has a model type; one that a base's own code registered does not count."""
+    from transformers.models.auto import configuration_auto
+
+    return model_type in vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+
+
 def _needs_code(folder: Path) -> bool:
     """Return whether a base is of a type that transformers does not have, and says which code has it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     try:
         values: Any = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return False  # reading the base says why
-    return isinstance(values, dict) and values.get("model_type") not in CONFIG_MAPPING_NAMES and bool(values.get("auto_map"))
+    return isinstance(values, dict) and not is_native(values.get("model_type")) and bool(values.get("auto_map"))
 
 
 def _private_copy(folder: Path) -> Path:
@@ -166,7 +171,7 @@ def _process_folder() -> Path:
 
     private = Path(tempfile.mkdtemp(prefix="orchestrator-code-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
-    dynamic_module_utils.HF_MODULES_CACHE = str(private / "modules")
+    vars(dynamic_module_utils)["HF_MODULES_CACHE"] = str(private / "modules")
     return private
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
 from orchestrator.anatomy.values import Pooling
 from orchestrator.anatomy.weights import INDEX
-from orchestrator.bases.own_code import use_own_code
+from orchestrator.bases.own_code import is_native, use_own_code
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import make_merge_plan
@@ -154,7 +153,7 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if not TASKS[plan.task].head.is_new:
         config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
-    if config["model_type"] in CONFIG_MAPPING_NAMES:
+    if is_native(config["model_type"]):
         # Training loaded transformers' own class: code that the base brings besides is not what was trained.
         config.pop("auto_map", None)
     if plan.unties_head:

@@ -66,7 +66,9 @@ def trained(folder: Path) -> BundleInputs:
         artifact=str(rung),
         data_sha256="d" * 64,
         spec={"task": "completion", "data": {}},
-        **{f"{name}_set": str(folder / "documents.npz") for name in ("train", "eval", "test")},
+        train_set=str(folder / "documents.npz"),
+        eval_set=str(folder / "documents.npz"),
+        test_set=str(folder / "documents.npz"),
     )
 
 
