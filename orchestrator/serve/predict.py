@@ -28,6 +28,7 @@ from orchestrator.serve.classifier import load_served
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
 from orchestrator.store import read_json
+from orchestrator.train.model.balance import without_router_logits
 
 BATCH_ROWS = 16
 Messages = tuple[Mapping[str, Any], ...]
@@ -159,9 +160,13 @@ class Predictor:
     @torch.inference_mode()
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
         device = self.model.device
+        with without_router_logits(self.model):
+            return self._generated(ids.to(device), mask.to(device), max_new_tokens, streamer)
+
+    def _generated(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer: Any) -> torch.Tensor:
         return self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max(1, max_new_tokens),
             do_sample=False,
             num_beams=1,

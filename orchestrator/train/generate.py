@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.data import TokenizedSet, padding
 from orchestrator.train import heartbeat
+from orchestrator.train.model.balance import without_router_logits
 from orchestrator.train.ranks import Ranks
 
 PROMPTS_AT_ONCE = 16
@@ -104,17 +105,18 @@ def continue_prompts(
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=list(stops) or None,
-            synced_gpus=synced,
-        )
+        with without_router_logits(model):
+            output = model.generate(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=list(stops) or None,
+                synced_gpus=synced,
+            )
     finally:
         model.train(was_training)
     return [_said(row[width:].cpu().numpy(), tokenizer, stops) for row in output]

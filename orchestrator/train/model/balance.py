@@ -14,6 +14,7 @@ from orchestrator.anatomy.values import Experts, ModelAnatomy
 
 FUNCTION = "load_balancing_loss_func"
 """Name of the function in the modules of transformers' classes."""
+ROUTER_LOGITS = "output_router_logits"
 RouterLogits = list[tuple[torch.Tensor, ...]]
 
 
@@ -51,6 +52,23 @@ class BalanceLoss:
         counted = (is_token | ~is_token.any()).long()
         loss = self._function(router_logits[-1], self._experts.num_experts, self._experts.experts_per_token, counted)
         return self._experts.balance * num_supervised * loss
+
+
+@contextmanager
+def without_router_logits(model: Any) -> Iterator[None]:
+    """Keep the class from computing the loss inside this context.
+
+    With padded rows it fails in cached decoding, where the attention mask is longer than the new tokens.
+    """
+    configs = [model.config, model.config.get_text_config()]
+    asked = [config for config in configs if getattr(config, ROUTER_LOGITS, False)]
+    for config in asked:
+        setattr(config, ROUTER_LOGITS, False)
+    try:
+        yield
+    finally:
+        for config in asked:
+            setattr(config, ROUTER_LOGITS, True)
 
 
 def balance_of(model: nn.Module, backbone: nn.Module, anatomy: ModelAnatomy) -> BalanceLoss | None:

@@ -25,6 +25,7 @@ from orchestrator.train.adapters.artifacts import attach_artifact, save_artifact
 from orchestrator.train.adapters.branch import Branch, open_branch, open_group
 from orchestrator.train.adapters.naming import AdapterSpec
 from orchestrator.train.integrity import changed, fingerprint, tensors_of
+from orchestrator.train.model.balance import without_router_logits
 from orchestrator.train.model.base import LoadedBase
 from orchestrator.train.model.objective import objective_of
 
@@ -230,3 +231,17 @@ def test_adapters_keep_what_is_planned(folder_of: Any, base_of: Any) -> None:
         found[modules] = kept, planned * IDS.numel() * 4
     (without, planned_without), (with_experts, planned_with) = found.values()
     assert with_experts - without == planned_with - planned_without > 0
+
+
+def test_text_is_generated_from_a_base_with_a_load_balancing_loss(folder_of: Any, base_of: Any) -> None:
+    """Without the context, the loss of transformers fails in cached decoding."""
+    base: LoadedBase = base_of(folder_of("qwen2_moe"))
+    model: Any = base.model.eval()
+    ids = IDS.repeat(2, 1)
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[3], [0]])).long()
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "use_cache": True}
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model.generate(**options)
+    with without_router_logits(base.model):
+        assert model.generate(**options).shape[1] == ids.shape[1] + 3
+    assert base.model.config.output_router_logits
