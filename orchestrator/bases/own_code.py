@@ -171,7 +171,7 @@ def _process_folder() -> Path:
 
     private = Path(tempfile.mkdtemp(prefix="orchestrator-code-"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
-    vars(dynamic_module_utils)["HF_MODULES_CACHE"] = str(private / "modules")
+    setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(private / "modules"))  # noqa: B010 (read there, not exported)
     return private
 
 

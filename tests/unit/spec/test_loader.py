@@ -231,6 +231,8 @@ def test_runs_from_before_there_were_points_or_a_curve_keep_their_identity(tmp_p
     for key in ("format", "template", "template_without_input", "delimiter", "text_documents", "dedupe", "train_on"):
         del values["data"][key]
     del values["data"]["special_tokens_in_text"], values["classify"]
+    for key in ("add_tokens", "code_sha256", "extra_tensors"):
+        del values["base"][key]
     for key in ("input", "system", "tools"):
         del values["data"]["columns"][key]
     for key in ADAPTER_KEYS:
