@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 from orchestrator.spec.loader import LoadedSpec, resolved_yaml
-from orchestrator.spec.models import ADAPTER_KEYS, ClassifySpec, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
+from orchestrator.spec.models import (
+    ADAPTER_KEYS,
+    BaseSpec,
+    ClassifySpec,
+    DataSpec,
+    FinetuneSpec,
+    JobSpec,
+    SearchPoint,
+    SearchSpec,
+    Tune,
+)
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
