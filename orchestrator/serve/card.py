@@ -27,7 +27,7 @@ NOT_SHOWN = {
 }
 """Claim that a verdict other than `positive` leaves unproven, by the comparison that decided it."""
 MERGED_INTO = {
-    "dequantized": "the base's 4-bit weights as used in training, dequantized to 16 bits",
+    "dequantized": "the base's quantized weights as used in training, dequantized to 16 bits",
     "original": "the base's stored weights",
 }
 HELD_AS = {"nf4": "nf4, double quantization", "int8": "int8, a scale per row"}

@@ -69,10 +69,11 @@ class Classifier(torch.nn.Module):
 def load(folder):
     """Return a function from a list of texts to the probabilities of each one's classes."""
     model, tokenizer = Classifier(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
     @torch.no_grad()
     def classify(texts):
-        rows = tokenizer(texts, padding=True, return_tensors="pt")
+        rows = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         shares = model(rows["input_ids"], rows["attention_mask"]).logits.float().softmax(-1)
         return [{{model.config.id2label[place]: share for place, share in enumerate(row)}} for row in shares.tolist()]
 

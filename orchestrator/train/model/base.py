@@ -224,7 +224,9 @@ def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
     outside += [tensor.name for tensor in anatomy.new_tensors] + [
         name for name in anatomy.tensors if not name.startswith(f"{anatomy.blocks_module}.")
     ]
-    return sorted({name.rpartition(".")[0] for name in (anatomy.head_weight, anatomy.classifier_weight, *outside)})
+    names = (anatomy.head_weight, anatomy.classifier_weight, *outside)
+    # An encoder learned from its class has no output projection, and an empty name would leave out every module.
+    return sorted({name.rpartition(".")[0] for name in names if name})
 
 
 def keep_packing(model: nn.Module) -> None:
