@@ -30,7 +30,7 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code too, which is not run."""
+"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code, which a spec may let run."""
 SIDE_FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Patterns below it: named chat templates, and the pooling of sentence encoders."""
 OTHER_FORMATS = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "*.fp16.*", "trainer_state.json")
@@ -46,8 +46,8 @@ def side_files(sizes: Mapping[str, int]) -> list[str]:
 
 
 def plan_files(sizes: Mapping[str, int]) -> list[str]:
-    """Return the files that a plan reads besides the headers of the weights."""
-    return [name for name in side_files(sizes) if name.endswith(".json") and name not in TOKENIZER_DATA]
+    """Return the files that a plan reads besides the headers of the weights: code too, which the spec may let run."""
+    return [name for name in side_files(sizes) if name.endswith((".json", ".py")) and name not in TOKENIZER_DATA]
 
 
 def _is_side_file(name: str) -> bool:
