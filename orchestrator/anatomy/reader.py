@@ -50,7 +50,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
 
     Raises:
         BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized,
-            or not those of the config.
+            or not those of the config; an encoder-decoder.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
@@ -66,8 +66,27 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
     if stored is not None:
         stored, notes = decoded(folder, values, stored)
     anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
+    _check_kind(anatomy)
     anatomy = settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
     return anatomy.model_copy(update={"new_rows": _new_rows(folder)})
+
+
+def _check_kind(anatomy: ModelAnatomy) -> None:
+    """Check that the base is of a kind that can be trained.
+
+    An encoder-decoder called with `input_ids` alone makes the decoder's input of them (BART): it sees the tokens that it is to
+    predict, so that its losses mean nothing.
+
+    Raises:
+        BaseError: it is an encoder-decoder.
+    """
+    if anatomy.kind == "encoder_decoder":
+        raise BaseError(
+            f"{anatomy.model_type!r} is an encoder-decoder, which is not trained yet",
+            where=str(Path(anatomy.folder) / "config.json"),
+            expected="a decoder, or for `task: classify` a decoder or an encoder",
+            remedy="use a base without a separate encoder, of the llama, mistral or qwen layout for example",
+        )
 
 
 def _new_rows(folder: Path) -> tuple[int, ...]:
