@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.train.model.encoder_decoder import decoder_start
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.trunk.port import leaving
@@ -36,12 +37,15 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean difference of a token's loss, in nats, that rounding explains, by the dtype of the computation."""
 Attention = Literal["by_document", "sdpa", "eager"]
 WAY_NAMES = {
+    "splits": "the prompt as the encoder's input, and the completion as the decoder's",
+    "answers": "generating",
     "projects": "the head path (logits as the output projection of the last hidden states)",
     "packs": "packing (restarting positions keep the documents of a row apart)",
     "pads": "padding at the end of a row",
     "injects": "stored hidden states in place of the lower blocks",
 }
-"""What each field of `Ways` means in a sentence."""
+"""What each field of `Ways` means in a sentence; `splits` is what every encoder-decoder must do."""
+NOT_FOR_BOTH = "a document of an encoder-decoder is a prompt and a completion, in a row of its own"
 
 
 class Difference(NamedTuple):
@@ -72,12 +76,18 @@ class SelfTest:
 
     @property
     def data(self) -> TokenizedSet:
-        return _documents(self.model, self.anatomy, num_classes=self._num_classes)
+        data = _documents(self.model, self.anatomy, num_classes=self._num_classes)
+        return _with_prompts(data) if self._has_encoder else data
 
     @property
     def tolerance(self) -> float:
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         return TOLERANCE[torch.float32 if dtypes == {torch.float32} else torch.bfloat16]
+
+    @property
+    def _has_encoder(self) -> bool:
+        """True if prompts go through an encoder of their own."""
+        return self.anatomy.kind == "encoder_decoder"
 
     @property
     def _num_classes(self) -> int:
@@ -104,12 +114,28 @@ class SelfTest:
         head's own affair, by the objective."""
         if self._num_classes:
             return self.losses(self.objective(Ways(packs=False)), self.rows_alone)
+        if self._has_encoder:
+            return self._own_completion_losses()
         found: list[torch.Tensor] = []
         data = self.data
         for index in range(len(data)):
             ids = torch.from_numpy(data.document(index)[0].astype(np.int64)).to(self.device)[None]
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             found.append(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        return torch.cat(found).double().cpu().numpy()
+
+    def _own_completion_losses(self) -> np.ndarray:
+        """Return the loss of every token of the completions, each document by a call of its own."""
+        found: list[torch.Tensor] = []
+        data, start = self.data, decoder_start(self.model)
+        for index in range(len(data)):
+            ids, supervised = data.document(index)
+            prompt, answer = (
+                torch.from_numpy(part.astype(np.int64)).to(self.device)[None] for part in (ids[~supervised], ids[supervised])
+            )
+            shifted = torch.cat([torch.full_like(answer[:, :1], start), answer[:, :-1]], dim=1)
+            logits = self.model(input_ids=prompt, decoder_input_ids=shifted, use_cache=False).logits[0].float()
+            found.append(nn.functional.cross_entropy(logits, answer[0], reduction="none"))
         return torch.cat(found).double().cpu().numpy()
 
     @torch.no_grad()
@@ -151,6 +177,11 @@ class SelfTest:
 
         return _seen(compute)
 
+    def answers(self) -> Difference:
+        """Try whether the class generates: transformers' cache of a T5 with more blocks in the decoder does not."""
+        ids = torch.from_numpy(self.data.ids[None, : LENGTHS[0]].astype(np.int64)).to(self.device)
+        return _seen(lambda: 0.0 * float(self.model.generate(input_ids=ids, max_new_tokens=2).sum()))
+
     def layout(self, own: np.ndarray, ways: Ways, rows: RowPlan) -> Difference:
         """Compare the losses of documents in these rows."""
         return _seen(lambda: _mean_difference(self.losses(self.objective(ways), rows), own))
@@ -184,6 +215,8 @@ def try_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task) -> Ways:
     before = test.model.config._attn_implementation
     try:
         with computing(test.model):
+            if anatomy.kind == "encoder_decoder":
+                return _try_encoder_decoder(test)
             return _try_attention(test) if TASKS[task].head.is_new else _try_decoder(test)
     finally:
         test.model.set_attn_implementation(before)
@@ -207,6 +240,21 @@ def _try_decoder(test: SelfTest) -> Ways:
         reasons |= {"attention": f"document by document: {wrong}"} if wrong else {}
     elif ways.attention == "sdpa":
         reasons["attention"] = "a row holds one document"
+    return ways.model_copy(update={"reasons": reasons})
+
+
+def _try_encoder_decoder(test: SelfTest) -> Ways:
+    """Try rows of one document each, whose prompt the encoder reads; the class computes its logits, and nothing is stored."""
+    ways, reasons = _fused_attention(test)
+    ways = ways.model_copy(update={"packs": False, "projects": False, "injects": False})
+    reasons |= dict.fromkeys(("packs", "projects", "injects"), NOT_FOR_BOTH)
+    if ways.attention == "sdpa":
+        reasons["attention"] = "a row holds one document"
+    own = test.own_losses()
+    if wrong := test.head_path(own, ways).wrong(test.tolerance):
+        raise ValueError(f"{WAY_NAMES['splits']}: {wrong}")
+    if wrong := test.layout(own, ways, test.rows_padded).wrong(test.tolerance):
+        ways, reasons["pads"] = ways.model_copy(update={"pads": False}), wrong
     return ways.model_copy(update={"reasons": reasons})
 
 
@@ -313,6 +361,9 @@ def failed_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task, device: tor
     with computing(test.model):
         own = test.own_losses()
         new_head = TASKS[task].head.is_new
+        if anatomy.kind == "encoder_decoder":
+            found["splits"] = test.head_path(own, ways)
+            found["answers"] = test.answers()
         if ways.projects and not new_head:
             found["projects"] = test.head_path(own, ways)
         if ways.packs and not new_head:
@@ -375,6 +426,12 @@ def _documents(model: Any, anatomy: ModelAnatomy, *, num_classes: int) -> Tokeni
         labels=labels.astype(np.int32),
         rows=np.arange(len(LENGTHS), dtype=np.int64),
     )
+
+
+def _with_prompts(data: TokenizedSet) -> TokenizedSet:
+    """Return the documents with their first half as the prompt."""
+    place = np.arange(data.num_tokens) - np.repeat(data.offsets[:-1], data.lengths)
+    return replace(data, supervised=place >= np.repeat((data.lengths + 1) // 2, data.lengths))
 
 
 def _joined(data: TokenizedSet) -> TokenizedSet:
