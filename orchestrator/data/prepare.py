@@ -97,8 +97,9 @@ def prepare_data(
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
     ends = declared_ends(tokenizer_folder, tokenizer)
-    apart = has_encoder(tokenizer_folder) if anatomy is None else anatomy.kind == "encoder_decoder"
-    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out, apart=apart)
+    documents = _encode_all(
+        loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out, apart=has_encoder(tokenizer_folder)
+    )
     classes = _classes(documents, spec, left_out) if spec.traits.has_labels else ()
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}

@@ -62,8 +62,8 @@ def make_plan(
             None if the step size is settled.
 
     Raises:
-        SpecError: the spec has no section for the job, or asks what is not done with an encoder-decoder.
-        SelectionError: a policy matches nothing.
+        SpecError: the spec has no section for the job.
+        SelectionError: a policy matches nothing, or the spec asks what is not done with an encoder-decoder.
         BaseError: nf4 on a CPU cannot represent one of the base's matrices.
         PlanError: the job does not fit the cluster, or its single training run would exceed `max_gpu_hours`.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.anatomy import ModelAnatomy
-from orchestrator.errors import SpecError
+from orchestrator.errors import SelectionError
 from orchestrator.spec import LoadedSpec
 from orchestrator.spec.policy import Policy, parse_policy
 
@@ -16,15 +16,15 @@ def check_encoder_decoder(loaded: LoadedSpec, anatomy: ModelAnatomy, job: str) -
     """Check that a spec asks of an encoder-decoder only what is done with one; any other base passes.
 
     Raises:
-        SpecError: a sweep; retention text; a policy that trains the embeddings or a tied output projection, or chooses blocks by
-            their scores.
+        SelectionError: a sweep; retention text; a policy that trains the embeddings or a tied output projection, or chooses
+            blocks by their scores.
     """
     if anatomy.kind != "encoder_decoder":
         return
     found = next(_refusals(loaded, anatomy, job), None)
     if found is not None:
         key, why, remedy = found
-        raise SpecError(f"{anatomy.model_type!r} is an encoder-decoder: {why}", where=loaded.where(key), remedy=remedy)
+        raise SelectionError(f"{anatomy.model_type!r} is an encoder-decoder: {why}", where=loaded.where(key), remedy=remedy)
 
 
 def _refusals(loaded: LoadedSpec, anatomy: ModelAnatomy, job: str) -> Iterator[tuple[str, str, str]]:

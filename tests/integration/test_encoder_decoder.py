@@ -13,15 +13,16 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from orchestrator.anatomy.learning import Question
 from orchestrator.anatomy.weights import read_weights
-from orchestrator.data import TokenizedSet
+from orchestrator.data import TokenizedSet, load_tokenizer
 from orchestrator.probe.learn import learn
 from orchestrator.serve.bundle import stage_bundle, trained_model
+from orchestrator.serve.predict import Predictor, Question
 from orchestrator.serve.scores import score_test
 from orchestrator.serve.usage import LOAD_BOTH
 from orchestrator.serve.verification import verify
 from orchestrator.train.model.self_test import sharpen
 
-from .test_bundle import VOCAB, Trials
+from .test_bundle import VOCAB, WORDS, Trials
 
 SIDES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4},
@@ -78,6 +79,22 @@ def test_a_bundle_reproduces_what_was_trained(tmp_path: Path, model_type: str) -
     promoted = next(each for each in scores.models if each.model == "promoted")
     assert promoted.metrics["loss"] == pytest.approx(plain_loss(staged.folder, tmp_path / "test.npz"), rel=0.02)
     assert len(scores.prompts) == 2
+    assert answers_alone_and_together_agree(staged.folder)
+
+
+def answers_alone_and_together_agree(bundle: Path) -> bool:
+    """Ask a short and a long question at once, and compare with plain transformers, one prompt at a time."""
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(bundle).float().eval()
+    tokenizer = load_tokenizer(bundle)
+    predictor = Predictor(model, tokenizer, "completion", "", "bundle", frozenset({2}), 64)
+    texts = [WORDS[4], " ".join(WORDS[5:16])]
+    together = [answer.text for answer in predictor.answer([Question(text) for text in texts], 6)]
+    alone: list[str] = []
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], 2]])
+        output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        alone.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    return together == alone and any(together)
 
 
 @torch.no_grad()
