@@ -81,7 +81,6 @@ def prepare_data(
             train on, a token has no row in the base's embeddings.
         RunConflictError: the sets would differ, and `keep_sets`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
-
     """
     spec = loaded.spec
     left_out = LeftOut(loaded.folder)
@@ -97,9 +96,8 @@ def prepare_data(
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
     ends = declared_ends(tokenizer_folder, tokenizer)
-    documents = _encode_all(
-        loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out, apart=has_encoder(tokenizer_folder)
-    )
+    apart, parts = has_encoder(tokenizer_folder), parts | {"retain": found.get("retain", [])}
+    documents = _encode_all(loaded, tokenizer, ends, parts, left_out, apart=apart)
     classes = _classes(documents, spec, left_out) if spec.traits.has_labels else ()
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}

@@ -15,8 +15,8 @@ from orchestrator.anatomy.learning import Question
 from orchestrator.anatomy.weights import read_weights
 from orchestrator.data import TokenizedSet, load_tokenizer
 from orchestrator.probe.learn import learn
+from orchestrator.serve import predict
 from orchestrator.serve.bundle import stage_bundle, trained_model
-from orchestrator.serve.predict import Predictor, Question
 from orchestrator.serve.scores import score_test
 from orchestrator.serve.usage import LOAD_BOTH
 from orchestrator.serve.verification import verify
@@ -86,9 +86,9 @@ def answers_alone_and_together_agree(bundle: Path) -> bool:
     """Ask a short and a long question at once, and compare with plain transformers, one prompt at a time."""
     model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(bundle).float().eval()
     tokenizer = load_tokenizer(bundle)
-    predictor = Predictor(model, tokenizer, "completion", "", "bundle", frozenset({2}), 64)
+    predictor = predict.Predictor(model, tokenizer, "completion", "", "bundle", frozenset({2}), 64)
     texts = [WORDS[4], " ".join(WORDS[5:16])]
-    together = [answer.text for answer in predictor.answer([Question(text) for text in texts], 6)]
+    together = [answer.text for answer in predictor.answer([predict.Question(text) for text in texts], 6)]
     alone: list[str] = []
     for text in texts:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], 2]])
