@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -26,7 +26,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.attention import BY_DOCUMENT
-from orchestrator.train.model.encoder_decoder import decoder_start
+from orchestrator.train.model.completions import completion_losses, with_prompts
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.trunk.port import leaving
@@ -77,17 +77,12 @@ class SelfTest:
     @property
     def data(self) -> TokenizedSet:
         data = _documents(self.model, self.anatomy, num_classes=self._num_classes)
-        return _with_prompts(data) if self._has_encoder else data
+        return with_prompts(data) if self.anatomy.kind == "encoder_decoder" else data
 
     @property
     def tolerance(self) -> float:
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         return TOLERANCE[torch.float32 if dtypes == {torch.float32} else torch.bfloat16]
-
-    @property
-    def _has_encoder(self) -> bool:
-        """True if prompts go through an encoder of their own."""
-        return self.anatomy.kind == "encoder_decoder"
 
     @property
     def _num_classes(self) -> int:
@@ -114,28 +109,14 @@ class SelfTest:
         head's own affair, by the objective."""
         if self._num_classes:
             return self.losses(self.objective(Ways(packs=False)), self.rows_alone)
-        if self._has_encoder:
-            return self._own_completion_losses()
+        if self.anatomy.kind == "encoder_decoder":
+            return completion_losses(self.model, self.data, self.device)
         found: list[torch.Tensor] = []
         data = self.data
         for index in range(len(data)):
             ids = torch.from_numpy(data.document(index)[0].astype(np.int64)).to(self.device)[None]
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             found.append(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-        return torch.cat(found).double().cpu().numpy()
-
-    def _own_completion_losses(self) -> np.ndarray:
-        """Return the loss of every token of the completions, each document by a call of its own."""
-        found: list[torch.Tensor] = []
-        data, start = self.data, decoder_start(self.model)
-        for index in range(len(data)):
-            ids, supervised = data.document(index)
-            prompt, answer = (
-                torch.from_numpy(part.astype(np.int64)).to(self.device)[None] for part in (ids[~supervised], ids[supervised])
-            )
-            shifted = torch.cat([torch.full_like(answer[:, :1], start), answer[:, :-1]], dim=1)
-            logits = self.model(input_ids=prompt, decoder_input_ids=shifted, use_cache=False).logits[0].float()
-            found.append(nn.functional.cross_entropy(logits, answer[0], reduction="none"))
         return torch.cat(found).double().cpu().numpy()
 
     @torch.no_grad()
@@ -426,12 +407,6 @@ def _documents(model: Any, anatomy: ModelAnatomy, *, num_classes: int) -> Tokeni
         labels=labels.astype(np.int32),
         rows=np.arange(len(LENGTHS), dtype=np.int64),
     )
-
-
-def _with_prompts(data: TokenizedSet) -> TokenizedSet:
-    """Return the documents with their first half as the prompt."""
-    place = np.arange(data.num_tokens) - np.repeat(data.offsets[:-1], data.lengths)
-    return replace(data, supervised=place >= np.repeat((data.lengths + 1) // 2, data.lengths))
 
 
 def _joined(data: TokenizedSet) -> TokenizedSet:
