@@ -71,7 +71,7 @@ def read_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
 def kind_of(config: PreTrainedConfig) -> Kind:
     """Return what the class is: an encoder if it is made to fill in masked tokens and is no half of an encoder-decoder."""
     name = config.model_type
-    if name in SEQ2SEQ and getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         return "encoder_decoder"
     return "encoder" if name in MASKED and not getattr(config, "is_decoder", False) else "decoder"
 

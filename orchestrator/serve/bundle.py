@@ -34,6 +34,7 @@ from orchestrator.plan.merge_operations import LinkShard, MergedInto, MergePlan
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
 from orchestrator.serve.card import NEEDS_SERVING, TRUST, model_card
 from orchestrator.serve.classifier import LOADER, escapes_control_tokens, write_loader, write_tokenizer
+from orchestrator.serve.loading import SEQ2SEQ
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
 from orchestrator.serve.side_files import GENERATION, LeftOut, copy_code, copy_side_files
@@ -152,7 +153,8 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     # The weights are written in 16 bit, also if the base's were quantized.
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if not TASKS[plan.task].head.is_new:
-        config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
+        auto_model = SEQ2SEQ if config.get("is_encoder_decoder") else TASKS[plan.task].head.auto_model
+        config["architectures"] = served_classes(config, auto_model)
     if is_native(config["model_type"]):
         # Training loaded transformers' own class: code that the base brings besides is not what was trained.
         config.pop("auto_map", None)

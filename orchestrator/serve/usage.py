@@ -14,9 +14,11 @@ LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
 """
+LOAD_BOTH = LOAD.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 ANSWER = f"""output = model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+ANSWER_OF_BOTH = ANSWER.replace('output[0, inputs["input_ids"].shape[1] :]', "output[0]")
 GGUF_FAMILIES = ("llama", "mistral", "qwen", "gemma")
 """Beginnings of the model types for which a card names llama.cpp's converter."""
 WITHOUT_HEAD = ("gemma", "gemma2")
@@ -71,7 +73,8 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
     prompt = f"{(shown or 'A prompt.')!r}"
     if traits.uses_separator:  # as in training, the separator is inserted between prompt and answer
         prompt = f"{prompt} + {inputs.separator!r}"
-    return f"""{load}
+    encodes = inputs.anatomy.kind == "encoder_decoder"
+    return f"""{LOAD_BOTH if encodes else load}
 prompt = {prompt}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-{ANSWER}"""
+{ANSWER_OF_BOTH if encodes else ANSWER}"""

@@ -5,7 +5,8 @@ Run as a script by a fresh interpreter that does not know this package (docs/des
     python -I verification_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
 
 Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
-`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes).
+`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes). For an
+encoder-decoder it also holds `prompts` int64[D]: how many tokens of each document are the encoder's.
 """
 
 from __future__ import annotations
@@ -60,6 +61,25 @@ def distributions(
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
         for row, document in enumerate(batch):
             yield torch.log_softmax(logits[row, : len(document)].float(), dim=-1).cpu()
+
+
+@torch.no_grad()
+def completion_distributions(
+    model: Any, documents: Sequence[torch.Tensor], prompts: Sequence[int], start: int
+) -> Iterator[torch.Tensor]:
+    """Yield an encoder-decoder's log-probabilities of each document, float32[T, V] at the T tokens after its prompt.
+
+    Args:
+        model: A whole transformers model, in eval mode.
+        documents: int64[L] each.
+        prompts: Tokens of each that are the encoder's.
+        start: The id that the decoder begins with.
+    """
+    for ids, size in zip(documents, prompts, strict=True):
+        shifted = torch.cat([torch.tensor([start]), ids[size:-1]])
+        inputs = {"input_ids": ids[None, :size].to(model.device), "decoder_input_ids": shifted[None].to(model.device)}
+        logits = model(**inputs, use_cache=False).logits[0]
+        yield torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
@@ -143,7 +163,11 @@ def main() -> None:
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
         by_document = head["supervises"] == "documents"
         trained, kls, gaps, start = probe.get_slice("log_probs"), list[float](), list[float](), 0
-        for found in distributions(model, documents, by_document=by_document, pads=head["pads"] == "1"):
+        if "prompts" in probe.keys():  # noqa: SIM118 (no mapping)
+            every = completion_distributions(model, documents, probe.get_tensor("prompts").tolist(), int(head["decoder_start"]))
+        else:
+            every = distributions(model, documents, by_document=by_document, pads=head["pads"] == "1")
+        for found in every:
             reference = trained[start : start + len(found)]
             kls.append(divergence(reference, found))
             gaps += answer_gaps(reference, found) if by_document else []
