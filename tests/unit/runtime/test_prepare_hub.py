@@ -108,6 +108,17 @@ def test_a_rehearsal_fetches_no_weights(submit: Callable[..., Prepared], hub: Hu
     assert 0 < weight_bytes(hub) < HEADER_BYTES
 
 
+def test_a_rehearsal_of_a_classifier_fetches_no_weights(hub: HubServer, commit: str, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} number {number}", "label": word} for number in range(40) for word in ("odd", "even")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": "train.jsonl", "max_tokens": 64}
+    values = {"name": "run", "base": MODEL, "task": "classify", "data": data, "finetune": {"layers": "last:1"}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(values))
+    found = rehearse(spec_of(tmp_path), "finetune", output=tmp_path / "hidden", cluster=lambda: CLUSTER)
+    assert found.plan.base.padding is not None
+    assert 0 < weight_bytes(hub) < HEADER_BYTES
+
+
 def test_a_finished_run_is_shown_without_its_base(
     submit: Callable[..., Prepared], hub: HubServer, commit: str, tmp_path: Path
 ) -> None:
