@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
-from orchestrator.anatomy.reader import ADDED_TOKENS
-from orchestrator.bases.added_tokens import with_added_tokens
-from orchestrator.bases.files import is_complete, side_files, weight_files
+from orchestrator.bases.added_tokens import is_made_from, made_from, with_added_tokens
+from orchestrator.bases.files import is_complete, needed_files, side_files, weight_files
 from orchestrator.bases.headers import headers_folder
 from orchestrator.errors import BaseError
 from orchestrator.hub import Commit, Repository, fetch_files, list_files, resolve_commit, snapshot_folder
@@ -21,7 +20,6 @@ from orchestrator.spec.hub_ids import is_repository_id
 from orchestrator.spec.models import BaseSpec, Task
 from orchestrator.store.machine import cache_folder
 from orchestrator.units import format_bytes
-from orchestrator.values import content_hash
 from orchestrator.work.execution import BaseLoad
 
 Tell = Callable[[str], None]
@@ -92,8 +90,17 @@ class HubBase:
 
     def for_data(self) -> Path:
         """Return the snapshot's folder with the tokenizer and the other small files; fetches no weights."""
-        sizes = self._sizes()
-        return snapshot_folder(self.hub) if sizes is None else fetch_files(self.hub, side_files(sizes))
+        sizes, folder = self._sizes(), snapshot_folder(self.hub)
+        if sizes is None:
+            return folder
+        names = side_files(sizes)
+        try:
+            return fetch_files(self.hub, names)
+        except BaseError:
+            # A cache that transformers filled has no licence and no card.
+            if not all((folder / name).is_file() for name in needed_files(names)):
+                raise
+            return folder
 
     def for_training(self, tell: Tell) -> Path:
         """Return the snapshot's folder with everything that a run needs.
@@ -154,13 +161,17 @@ class EnlargedBase:
         return read_anatomy(self.for_plan(), need_weights=False, task=task)
 
     def for_plan(self) -> Path:
-        """Return a folder with config.json, the tokenizer and at least the headers of the weights, not in the run's folder."""
+        """Return a folder with config.json, the tokenizer and at least the headers of the weights: the run's if it has one that
+        was made from this base and these tokens."""
         source = self.original.for_plan()
-        name = content_hash({"source": str(source), "tokens": list(self.tokens)})[:16]
-        return with_added_tokens(source, self.original.for_data(), self.tokens, cache_folder() / "enlarged" / name)
+        origin = made_from(source, self.tokens)
+        if is_made_from(self.folder, origin):
+            return self.folder
+        target = cache_folder() / "enlarged" / origin[:16]
+        return with_added_tokens(source, self.original.for_data(), self.tokens, target, headers_only=True)
 
     def for_data(self) -> Path:
-        return self.folder if (self.folder / ADDED_TOKENS).is_file() else self.for_plan()
+        return self.for_plan()
 
     def for_training(self, tell: Tell) -> Path:
         """Return the enlarged base's folder with everything that a run needs; made in the run's folder if it is not there."""

@@ -110,8 +110,8 @@ def _trains_rows(spec: JobSpec) -> bool:
 
 
 def _untrained(folder: Path, weight: TensorInfo, tokens: Sequence[int]) -> list[int]:
-    """Return the tokens whose row [H] in `weight` [V, H] differs from what trained rows look like; none where only the file's header
-    is known."""
+    """Return the tokens whose row [H] in `weight` [V, H] differs from what trained rows look like; none where only its file's
+    header is known."""
     if not (folder / weight.file).is_file():
         return []
     from safetensors import safe_open

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from orchestrator.anatomy import ModelAnatomy, pooled_for, read_anatomy, with_pooling
 from orchestrator.bases import Base, locate_base, located, record_base
+from orchestrator.bases.files import loaded_files
 from orchestrator.data import DataSummary, TokenizedSet, data_size, load_tokenizer, prepare_data
 from orchestrator.data.encoding.padding import choose_padding, odd_documents
 from orchestrator.data.reading.measure import check_first_rows
@@ -151,9 +152,8 @@ def prepare(
     _report(run, view, [("warning" if notice.level == "warning" else "data", notice.line) for notice in data.told])
     view.phase("plan", "connecting to Ray")
     machines = cluster()
-    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
-    # the weights, and the JSON files of the model and its tokenizer.
-    files = [*sorted(path.name for path in folder.glob("*.json")), *anatomy.weight_files]
+    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
+    files = loaded_files(folder, anatomy.weight_files)
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, base.for_data()), machines, job, known)
     if isinstance(plan, SweepPlan):
@@ -393,7 +393,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     base = base_of(loaded, output)
     anatomy = read_anatomy(base.for_plan(), need_weights=True, task=loaded.spec.task)
     # A commit of the hub is the same by its name, and its weights need not be here.
-    if known and base.hub is None:
+    if known and base.commit is None:
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None

@@ -86,7 +86,9 @@ def test_the_splits_of_a_data_set_are_those_of_the_run(hub: HubServer, tmp_path:
 
 
 def test_a_config_and_a_split_of_one_name_are_kept_apart(hub: HubServer) -> None:
-    card = b"---\nconfigs:\n- {config_name: train, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}\n---\n"
+    card = (
+        b"---\nconfigs:\n- {config_name: train, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}\n---\n"
+    )
     hub.add("org/train", {"README.md": card, "a.jsonl": rows(5, "a"), "b.jsonl": rows(6, "b")}, kind="dataset")
     assert set(find_hub_data("hub:org/train:train")[0]) == {"train", "test"}
     assert set(find_hub_data("hub:org/train:/train")[0]) == {"train"}
