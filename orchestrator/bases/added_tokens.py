@@ -11,7 +11,7 @@ import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.anatomy import ModelAnatomy, TensorInfo, read_anatomy
 from orchestrator.anatomy.reader import ADDED_TOKENS
@@ -23,6 +23,7 @@ from orchestrator.store.files import partial_path, usual_mode
 from orchestrator.values import content_hash
 
 WEIGHT_SUFFIXES = (".safetensors", ".header", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+Step = Literal["plan", "data", "training"]
 REMEDY = "free space there, or grant write permission; ORCHESTRATOR_CACHE and --output name other folders"
 
 
@@ -39,7 +40,7 @@ def is_made_from(target: Path, origin: str) -> bool:
 
 
 def with_added_tokens(
-    source: Path, tokenizer_folder: Path, tokens: Sequence[str], target: Path, *, headers_only: bool = False
+    source: Path, tokenizer_folder: Path, tokens: Sequence[str], target: Path, *, step: Step = "training"
 ) -> Path:
     """Return a folder with a base and these tokens; made where it is not there yet.
 
@@ -50,7 +51,8 @@ def with_added_tokens(
         source: Folder of the base, with its weights or only with their headers, as then the result.
         tokenizer_folder: Has the tokenizer and the small files, where `source` has only headers.
         target: Folder to make; the same base and tokens give the same folder.
-        headers_only: Write of the weights only headers: enough to plan.
+        step: What the folder is for. All but training gets headers in place of weights; a plan gets no tokenizer, and imports no
+            torch to count its tokens.
 
     Raises:
         BaseError: The base has no tokenizer, or its weights cannot be read.
@@ -65,9 +67,9 @@ def with_added_tokens(
     try:
         with output_to(target, remedy=REMEDY):
             partial.mkdir(parents=True)
-            num_before, num_tokens, ids = _write_tokenizer(tokenizer_folder, tokens, partial)
+            num_before, num_tokens, ids = _write_tokenizer(tokenizer_folder, tokens, partial, step)
             _write_config(source, partial, max(num_tokens, anatomy.tensors[anatomy.embeddings[0]].shape[0]))
-            write = _write_header if headers_only else _write_weights
+            write = _write_weights if step == "training" else _write_header
             for file in anatomy.weight_files:
                 write(source / file, partial / file, _enlarged(anatomy), num_before, num_tokens)
             _link_others(source, partial)
@@ -91,19 +93,26 @@ def _put_in_place(partial: Path, target: Path, origin: str) -> None:
             raise
 
 
-def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> tuple[int, int, tuple[int, ...]]:
-    """Save the tokenizer with the tokens; return its size before and after, and the ids of the tokens."""
-    from transformers import AddedToken, AutoTokenizer
+def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path, step: Step) -> tuple[int, int, tuple[int, ...]]:
+    """Save the tokenizer with the tokens, except for a plan; return its size before and after, and the ids of the tokens."""
+    from transformers import AddedToken
+
+    if step == "plan" and (source / "tokenizer.json").is_file():
+        # AutoTokenizer imports torch.
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = Tokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "copy the tokenizer's files into the base's folder, or remove base.add_tokens"
         raise BaseError(f"no tokenizer to add tokens to: {first_line}", where=str(source), remedy=remedy) from None
     num_before, known = len(tokenizer), tokenizer.get_vocab()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
-    tokenizer.save_pretrained(target)
+    if step != "plan":
+        tokenizer.save_pretrained(target)
     return num_before, len(tokenizer), tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.bases.added_tokens import is_made_from, made_from, with_added_tokens
@@ -161,17 +161,21 @@ class EnlargedBase:
         return read_anatomy(self.for_plan(), need_weights=False, task=task)
 
     def for_plan(self) -> Path:
-        """Return a folder with config.json, the tokenizer and at least the headers of the weights: the run's if it has one that
-        was made from this base and these tokens."""
+        """Return a folder with config.json and at least the headers of the weights: the run's if it was made from this base
+        and these tokens."""
+        return self._made("plan")
+
+    def _made(self, step: Literal["plan", "data"]) -> Path:
         source = self.original.for_plan()
         origin = made_from(source, self.tokens)
         if is_made_from(self.folder, origin):
             return self.folder
-        target = cache_folder() / "enlarged" / origin[:16]
-        return with_added_tokens(source, self.original.for_data(), self.tokens, target, headers_only=True)
+        target = cache_folder() / "enlarged" / f"{origin[:16]}-{step}"
+        return with_added_tokens(source, self.original.for_data(), self.tokens, target, step=step)
 
     def for_data(self) -> Path:
-        return self.for_plan()
+        """Return a folder with the tokenizer too."""
+        return self._made("data")
 
     def for_training(self, tell: Tell) -> Path:
         """Return the enlarged base's folder with everything that a run needs; made in the run's folder if it is not there."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ def test_a_plan_writes_headers_and_a_run_the_same_with_weights(enlarged: Enlarge
     planned = enlarged.for_plan()
     assert planned.is_relative_to(tmp_path / "cache")
     assert not list(planned.glob("*.safetensors"))
+    assert (enlarged.for_data() / "tokenizer.json").is_file()
     before, num_tokens = read_anatomy(planned, need_weights=True), read_anatomy(tmp_path / "base", need_weights=True).vocab_size
     folder = enlarged.for_training(quiet)
     after = read_anatomy(folder, need_weights=True)
@@ -71,3 +74,13 @@ def test_a_place_that_cannot_be_written_is_told(enlarged: EnlargedBase, tmp_path
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UsageError, match="cannot be written"):
         enlarged.for_training(quiet)
+
+
+def test_a_plan_imports_no_torch(enlarged: EnlargedBase, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.bases import locate_base; "
+        "from orchestrator.spec.models import BaseSpec; "
+        f"base = locate_base(BaseSpec(model='./base', add_tokens=({TOKEN!r},)), Path({str(tmp_path)!r})); "
+        "sys.exit(not base.anatomy().new_rows or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -165,6 +165,21 @@ def test_what_hf_download_put_into_the_cache_is_enough_offline(
     assert hub.requests == []
 
 
+def test_offline_a_cache_without_licence_and_card_is_enough(
+    tmp_path: Path, hub: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", files_of(sharded) | SIDE_FILES)
+    base = locate_base(BaseSpec(model="org/model"), tmp_path)
+    folder = base.for_training(quiet)
+    for name in ("README.md", "LICENSE.txt", "tokenizer.model", "generation_config.json"):
+        (folder / name).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert base.for_data() == base.for_training(quiet) == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BaseError, match="not in the hub's cache"):
+        base.for_data()
+
+
 def test_a_hub_that_is_down_is_not_needed_with_everything_cached(tmp_path: Path, hub: HubServer, sharded: Path) -> None:
     hub.add("org/model", files_of(sharded))
     folder = Path(huggingface_hub.snapshot_download("org/model"))
