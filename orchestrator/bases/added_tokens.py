@@ -112,7 +112,12 @@ def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path, step: St
     num_before, known = len(tokenizer), tokenizer.get_vocab()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
     if step != "plan":
-        tokenizer.save_pretrained(target)
+        try:
+            tokenizer.save_pretrained(target)
+        except OSError:
+            raise
+        except Exception as error:  # as above
+            raise UsageError(f"cannot be written: {error}", where=str(target.parent), remedy=REMEDY) from None
     return num_before, len(tokenizer), tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 

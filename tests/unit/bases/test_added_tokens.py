@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,15 @@ def test_a_plan_imports_no_torch(enlarged: EnlargedBase, tmp_path: Path) -> None
         "sys.exit(not base.anatomy().new_rows or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("limit", [100_000, 1_000_000])  # of the tokenizer, of the weights
+def test_a_file_size_limit_is_told(enlarged: EnlargedBase, limit: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UsageError, match="cannot be written"):
+            enlarged.for_training(quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(enlarged.folder.parent.iterdir()), "no partial folder stays behind"

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.bases import FolderBase, HubBase, folder_on_this_node, locate_base, located
+from orchestrator.bases.files import loaded_files
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec.models import BaseSpec
@@ -209,3 +210,11 @@ def test_a_node_whose_cache_lacks_the_base_uses_the_drivers_folder(hub: HubServe
     assert folder_on_this_node(load) == Path("/shared/base")
     assert folder_on_this_node(load.model_copy(update={"hub_id": ""})) == Path("/shared/base")
     assert located(load.model_copy(update={"hub_id": ""})) == FolderBase(Path("/shared/base"))
+
+
+def test_nodes_compare_what_a_gang_reads(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "trainer_state.json", "README.md"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "tokenizer_old").mkdir()
+    wanted = ["chat_template.jinja", "config.json", "tokenizer.json", "model.safetensors"]
+    assert loaded_files(tmp_path, ["model.safetensors"]) == wanted
