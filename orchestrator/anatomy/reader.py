@@ -66,6 +66,8 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
     if stored is not None:
         stored, notes = decoded(folder, values, stored)
     anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
+    if need_weights and anatomy.plan_only:
+        raise plan_only_error(folder / "config.json", anatomy.model_type, anatomy.plan_only)
     anatomy = settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
     return anatomy.model_copy(update={"new_rows": _new_rows(folder)})
 

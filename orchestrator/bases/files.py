@@ -31,7 +31,7 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code too, which is not run."""
+"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code, which a spec may let run."""
 SIDE_FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Patterns below it: named chat templates, and the pooling of sentence encoders."""
 OTHER_FORMATS = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "*.fp16.*", "trainer_state.json")
@@ -52,8 +52,8 @@ def side_files(sizes: Mapping[str, int]) -> list[str]:
 
 
 def plan_files(sizes: Mapping[str, int]) -> list[str]:
-    """Return the files that a plan reads besides the headers of the weights."""
-    return [name for name in side_files(sizes) if name.endswith(".json") and name not in TOKENIZER_DATA]
+    """Return the files that a plan reads besides the headers of the weights: code too, which the spec may let run."""
+    return [name for name in side_files(sizes) if name.endswith((".json", ".py")) and name not in TOKENIZER_DATA]
 
 
 def needed_files(names: Iterable[str]) -> list[str]:
@@ -63,10 +63,10 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if _matches(name, patterns if "tokenizer.json" in names else (*patterns, *SLOW_TOKENIZER))]
 
 
-def loaded_files(folder: Path, weights: Iterable[str]) -> list[str]:
-    """Return the files of a base's folder that a gang reads: its config, weights and tokenizer."""
+def loaded_files(folder: Path, others: Iterable[str]) -> list[str]:
+    """Return the files of a base's folder that a gang reads: its config and tokenizer, and `others`: weights, and code that runs."""
     patterns = ("config.json", INDEX, ADDED_TOKENS, *TOKENIZER_PATTERNS)
-    return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *weights]
+    return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *others]
 
 
 def _is_side_file(name: str) -> bool:

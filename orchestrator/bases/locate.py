@@ -12,6 +12,7 @@ from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
 from orchestrator.bases.added_tokens import is_made_from, made_from, with_added_tokens
 from orchestrator.bases.files import is_complete, needed_files, side_files, weight_files
 from orchestrator.bases.headers import headers_folder
+from orchestrator.bases.own_code import require_pin, use_pinned_code
 from orchestrator.errors import BaseError
 from orchestrator.hub import Commit, Repository, fetch_files, list_files, resolve_commit, snapshot_folder
 from orchestrator.hub.errors import not_cached
@@ -208,9 +209,14 @@ def _locate(base: BaseSpec, folder: Path, commit: str) -> FolderBase | HubBase:
         found = resolve_base(base.model, folder)
         if not found.exists():
             raise _no_folder(base.model, found)
+        use_pinned_code(base, found, pinned_by_commit=False)
         return FolderBase(found)
+    require_pin(base)
     otherwise = f"a folder; {_nearby(resolve_base(base.model, folder))}"
-    return HubBase(resolve_commit(Repository("model", base.model, commit or base.revision or "", otherwise)))
+    on_hub = HubBase(resolve_commit(Repository("model", base.model, commit or base.revision or "", otherwise)))
+    if base.trust_remote_code:
+        use_pinned_code(base, on_hub.for_data(), pinned_by_commit=True)
+    return on_hub
 
 
 def _is_hub_id(model: str, folder: Path) -> bool:

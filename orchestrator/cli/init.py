@@ -219,7 +219,7 @@ def _spec_text(facts: Mapping[str, Any], look: Guess, source: str) -> str:
     lines = [
         (f"name: {_quoted(facts['name'])}", "the run's folder under output"),
         ("base:", ""),
-        (f"  model: {_quoted(facts['base'])}", "a folder in Hugging Face's layout, or sample"),
+        (f"  model: {_quoted(facts['base'])}", "a model of the hub, a folder in its layout, or sample"),
         ("  # quantize: nf4", "keeps the frozen weights in 4 bits, for GPUs with little memory"),
         (f"task: {look.task}", f"chat | completion | text | classify; detected: {look.why}"),
         ("data:", ""),

@@ -104,7 +104,7 @@ def _trains_rows(spec: JobSpec) -> bool:
             policy = parse_policy(text)
         except SelectionError:
             continue
-        if (policy.extras and policy.extras != ("norms",)) or policy.kind == "head":
+        if policy.kind == "head" or not {"head", "embeddings", "new_tokens"}.isdisjoint(policy.extras):
             return True
     return False
 

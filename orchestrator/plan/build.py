@@ -258,6 +258,7 @@ def _base_load(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> BaseLoad
         num_classes=data.num_classes,
         class_names=data.class_names,
         revision=spec.base.revision,
+        code_sha256=anatomy.code_sha256,
         pooling=anatomy.pooling,
         padding=data.padding,
     )

@@ -36,6 +36,9 @@ class Outside:
     """Parameters outside the text model."""
 
 
+ENCODER_DECODER = "an encoder-decoder reads the prompt with other blocks than the answer, which training does not do yet"
+
+
 def find_classifier(structure: Structure) -> Classifier:
     """Return the parameters of a sequence classifier outside of the base model; all are new to a base checkpoint."""
     model: Any = structure.model
@@ -115,6 +118,7 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
     return ModelAnatomy(
         model_type=str(config.model_type),
         kind=built.kind,
+        plan_only=ENCODER_DECODER if built.kind == "encoder_decoder" else "",
         folder="",
         has_weights=names is not None,
         hidden_size=facts.hidden_size(structure),

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from orchestrator.anatomy import ModelAnatomy, pooled_for, read_anatomy, with_pooling
 from orchestrator.bases import Base, locate_base, located, record_base
 from orchestrator.bases.files import loaded_files
+from orchestrator.bases.own_code import use_own_code
 from orchestrator.data import DataSummary, TokenizedSet, data_size, load_tokenizer, prepare_data
 from orchestrator.data.encoding.padding import choose_padding, odd_documents
 from orchestrator.data.reading.measure import check_first_rows
@@ -153,7 +154,7 @@ def prepare(
     view.phase("plan", "connecting to Ray")
     machines = cluster()
     # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
-    files = loaded_files(folder, anatomy.weight_files)
+    files = loaded_files(folder, [*anatomy.code_files, *anatomy.weight_files])
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, base.for_data()), machines, job, known)
     if isinstance(plan, SweepPlan):
@@ -339,6 +340,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
         base = located(plan.base)
+        use_own_code(Path(plan.base.folder), plan.base.code_sha256)
         anatomy = read_anatomy(base.for_training(_silent), need_weights=True, task=plan.base.task)
         anatomy = with_pooling(anatomy, plan.base.pooling)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(spec, base))

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from orchestrator.anatomy.values import Pooling
+from orchestrator.bases.own_code import use_own_code
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge_operations import HEAD_FILE
@@ -68,10 +69,11 @@ class Classifier(torch.nn.Module):
 def load(folder):
     """Return a function from a list of texts to the probabilities of each one's classes."""
     model, tokenizer = Classifier(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
     @torch.no_grad()
     def classify(texts):
-        rows = tokenizer(texts, padding=True, return_tensors="pt")
+        rows = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         shares = model(rows["input_ids"], rows["attention_mask"]).logits.float().softmax(-1)
         return [{{model.config.id2label[place]: share for place, share in enumerate(row)}} for row in shares.tolist()]
 
@@ -114,6 +116,7 @@ def load_served(folder: Path, base: BaseLoad, **options: Any) -> Any:
     """
     if not base.pooling.by_class:
         return load_classifier(folder, local_files_only=True, **options)
+    use_own_code(folder, base.code_sha256)
     kind = getattr(transformers, serving_class(folder, base.traits.head.auto_model))
     return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from orchestrator.bases.own_code import require_consent
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
@@ -224,12 +225,14 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
         base: The base's folder, where it is no longer where the manifest says.
 
     Raises:
-        UsageError: not a bundle; or the base of a classifier, which knows no classes; or no base where it should be.
+        UsageError: not a bundle; or one with code that the user does not let run; or the base of a classifier, which knows no
+            classes; or no base where it should be.
         VerificationError: a file of the bundle is not what its manifest says.
         BaseError: transformers cannot load it.
     """
     record = read_record(bundle)
     task = record.base.load.task
+    require_consent(bundle, record.base.load.code_sha256)
     folder = bundle
     if untouched:
         if record.base.load.traits.head.is_new:

@@ -48,6 +48,7 @@ def prompt_rule(inputs: BundleInputs) -> str:
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
     """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
     traits = inputs.base.traits
+    load = LOAD.replace('"."', '".", trust_remote_code=True') if inputs.base.code_sha256 else LOAD
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= MAX_PROMPT_CHARACTERS), "")
     if traits.head.supervises == "documents":
         text = shown or "A text to classify."
@@ -63,14 +64,14 @@ classifier = pipeline({traits.head.pipeline_tag!r}, model=".")
 print(classifier({text!r}))
 """
     if traits.uses_chat_template:
-        return f"""{LOAD}
+        return f"""{load}
 messages = [{{"role": "user", "content": "A question."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 {ANSWER}"""
     prompt = f"{(shown or 'A prompt.')!r}"
     if traits.uses_separator:  # as in training, the separator is inserted between prompt and answer
         prompt = f"{prompt} + {inputs.separator!r}"
-    return f"""{LOAD}
+    return f"""{load}
 prompt = {prompt}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 {ANSWER}"""

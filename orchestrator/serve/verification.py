@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.bases.own_code import require_code
 from orchestrator.data import load_tokenizer
 from orchestrator.data.encoding.padding import odd_documents
 from orchestrator.data.sets import load_known
@@ -168,6 +169,7 @@ def _write_probe(
 ) -> tuple[float, int, int]:
     """Write the trained model's distributions; return (mean KL to the base over held-out documents, positions, held-out
     documents). A classifier's documents are the held-out ones and then the odd texts."""
+    require_code(bundle, trained.base.code_sha256)
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
     head = trained.base.traits.head
     by_document = head.supervises == "documents"
@@ -188,6 +190,7 @@ def _write_probe(
         "auto_model": serving_class(bundle, head.auto_model),
         "supervises": head.supervises,
         "pads": str(int(trained.anatomy.ways.pads)),
+        "own_code": "1" if trained.base.code_sha256 else "",
         "loader": "" if trained.base.pooling.by_class else LOADER,
     }
     save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, about)
@@ -274,7 +277,12 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
     # -I ignores PYTHONPATH and the current folder: the process sees installed packages only, as any user's does.
     command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(probe.parent / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         command, cwd=probe.parent, env=environment, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S
     )

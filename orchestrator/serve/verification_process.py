@@ -96,7 +96,7 @@ def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[to
 
 
 def _load(
-    bundle: Path, *, auto_model: str, loader: str, device: str, dtype: str, free_bytes: int, offload: str
+    bundle: Path, *, auto_model: str, loader: str, own_code: bool, device: str, dtype: str, free_bytes: int, offload: str
 ) -> tuple[Any, dict[str, Any]]:
     """Load the bundle by plain transformers, or by its own loader, offloading to disk what does not fit."""
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
@@ -107,7 +107,7 @@ def _load(
     else:
         limits = {"cpu": int(RESIDENT_SHARE * free_bytes)}
         place = {"device_map": "auto", "offload_folder": offload, "max_memory": limits}
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": own_code}
     if not loader:
         return getattr(transformers, auto_model).from_pretrained(bundle, output_loading_info=True, **options, **place)
     # The loader does not tell what was missing: without memory, transformers does.
@@ -133,6 +133,7 @@ def main() -> None:
             options.bundle,
             auto_model=head["auto_model"],
             loader=head.get("loader", ""),
+            own_code=bool(head.get("own_code")),
             device=options.device,
             dtype=options.dtype,
             free_bytes=options.free_bytes,

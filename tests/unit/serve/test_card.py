@@ -85,7 +85,7 @@ def test_the_card_says_what_was_done_and_found_and_not_where(inputs_of: Callable
         "Gain over head only: -0.250 nats per token, 95% interval [-0.300, -0.200], 180 examples (sign flip).",
         "| 2 \\| 3<br>what? | 5 |",
         "KL 3e-06",
-        "4-bit weights as used in training",
+        "quantized weights as used in training",
         "'\\n'",
         "forgetting was not measured",
         "a gain over the base was not shown",

@@ -64,7 +64,7 @@ def test_a_value_takes_the_place_of_the_files(spec: Path, text: str, found):
         ("search..trials=4", "not a key: 'search..trials'"),
         ("search.layers=[all", "--set search.layers=[all: search.layers: not valid YAML"),
         ("task=chta", "--set task=chta: task: found the text 'chta'; expected chat | completion | text | classify"),
-        ("base.model=meta-llama/x", "--set base.model=meta-llama/x: base.model: not supported yet"),
+        ("output=s3://bucket/runs", "--set output=s3://bucket/runs: output: not supported yet"),
     ],
 )
 def test_a_mistake_is_named_by_its_option(spec: Path, text: str, said: str):
