@@ -64,7 +64,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
 
 
 def loaded_files(folder: Path, others: Iterable[str]) -> list[str]:
-    """Return the files of a base's folder that a gang reads: its config and tokenizer, and `others`: weights, and code that runs."""
+    """Return the files that a gang reads of a base's folder: config, tokenizer, and `others`: weights, and code that runs."""
     patterns = ("config.json", INDEX, ADDED_TOKENS, *TOKENIZER_PATTERNS)
     return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *others]
 
