@@ -63,10 +63,10 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if _matches(name, patterns if "tokenizer.json" in names else (*patterns, *SLOW_TOKENIZER))]
 
 
-def loaded_files(folder: Path, weights: Iterable[str]) -> list[str]:
-    """Return the files of a base's folder that a gang reads: its config, weights and tokenizer."""
+def loaded_files(folder: Path, others: Iterable[str]) -> list[str]:
+    """Return the files that a gang reads of a base's folder: config, tokenizer, and `others`: weights, and code that runs."""
     patterns = ("config.json", INDEX, ADDED_TOKENS, *TOKENIZER_PATTERNS)
-    return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *weights]
+    return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *others]
 
 
 def _is_side_file(name: str) -> bool:

@@ -154,7 +154,7 @@ def prepare(
     view.phase("plan", "connecting to Ray")
     machines = cluster()
     # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
-    files = [*loaded_files(folder, anatomy.weight_files), *anatomy.code_files]
+    files = loaded_files(folder, [*anatomy.code_files, *anatomy.weight_files])
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
     plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, base.for_data()), machines, job, known)
     if isinstance(plan, SweepPlan):
