@@ -88,7 +88,11 @@ def make_merge_plan(
     new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
+    unties_head = _unties_head(anatomy, artifact)
     dropped = {tensor.name for tensor in new}
+    if anatomy.tied and unties_head:
+        # The copy of the head may be stored under another name than the class gives it.
+        dropped |= {copy.stored_name for copy in anatomy.copies if copy.name == anatomy.embeddings[0]}
     if base_load.traits.head.is_new and anatomy.kind == "decoder":
         heads = {part.name for part in _parts(anatomy, anatomy.head_weight)}
         dropped |= {anatomy.head_weight, *heads, *(copy.stored_name for copy in anatomy.copies)}
@@ -102,7 +106,7 @@ def make_merge_plan(
         class_names=base_load.class_names,
         pooling=base_load.pooling,
         padding=base_load.padding,
-        unties_head=_unties_head(anatomy, artifact),
+        unties_head=unties_head,
         shards=_shards(Path(anatomy.folder), tensors, new),
         head=head,
     )
@@ -136,14 +140,14 @@ class _Merge:
                 self.users.setdefault(part.name, []).append((info, part))
         tensors = [self._stored_tensor(name) for name in self.users if name not in dropped]
         # The copy of a parameter that was trained would not equal it any more, and without it the class ties them.
-        copies = [copy for copy in self.anatomy.copies if copy.name not in self.artifact.whole]
+        copies = [copy for copy in self.anatomy.copies if not {copy.name, _new_rows_of(copy.name)} & self.artifact.whole.keys()]
         others = (*self.anatomy.buffers, *copies, *(self.anatomy.extra if with_extra else ()))
         return tensors + [kept for info in others if (kept := _kept(info)).name not in dropped]
 
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
-        rows = self.artifact.whole.get(users[0][0].name.removesuffix("weight") + NEW_ROWS)
+        rows = self.artifact.whole.get(_new_rows_of(users[0][0].name))
         source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
@@ -180,6 +184,11 @@ class _Merge:
         if adapter is not None:
             return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
         return Keep()
+
+
+def _new_rows_of(name: str) -> str:
+    """Return the name of the trained rows of new tokens of embeddings or an output projection."""
+    return name.removesuffix("weight") + NEW_ROWS
 
 
 def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequence[int]) -> Compose:

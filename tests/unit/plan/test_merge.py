@@ -177,6 +177,26 @@ def test_a_shard_with_a_stale_tied_head_is_not_linked(tmp_path: Path):
     assert [shard.kind for shard in plan.shards] == ["link", "write", "write"]
 
 
+def test_a_copy_of_the_head_is_left_out_once_the_two_differ(tmp_path: Path):
+    """With new rows the embedding changes; an untied head replaces the copy, whatever its stored name is."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    anatomy = base_of(tmp_path / "base", extra={head: (VOCAB, HIDDEN)}).model_copy(update={"new_rows": (9, 10)})
+    assert [copy.stored_name for copy in anatomy.copies] == [head]
+    rows = delta_of(tmp_path / "rows", {"model.embed_tokens.new_rows": (2, HIDDEN)})
+    assert head not in make_merge_plan(anatomy, rows, load_of(anatomy)).weight_map
+    block = delta_of(tmp_path / "block", {Q: (HIDDEN, HIDDEN)})
+    assert head in make_merge_plan(anatomy, block, load_of(anatomy)).weight_map
+    copy = anatomy.copies[0].model_copy(update={"stored_name": "head.weight"})
+    renamed = anatomy.model_copy(update={"copies": (copy,)})
+    untied = delta_of(tmp_path / "untied", {head: (VOCAB, HIDDEN)})
+    adapted = adapter_of(tmp_path / "adapted", {head: (VOCAB, HIDDEN)})
+    for artifact in (untied, adapted):
+        found = make_merge_plan(renamed, artifact, load_of(anatomy)).weight_map
+        assert {head, embedding} <= found.keys()
+        assert "head.weight" not in found
+    assert "head.weight" in make_merge_plan(renamed, block, load_of(anatomy)).weight_map
+
+
 def test_modules_to_save_of_an_adapter_are_taken_whole(tmp_path: Path):
     anatomy = base_of(tmp_path / "base")
     load = load_of(anatomy, task="classify", classes=("a", "b"))
