@@ -274,9 +274,9 @@ class ModelAnatomy(Value):
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        parts = [part for tensor in self.tensors.values() for part in tensor.stored_parts]
-        scales = {part.encoding.scales_file for part in parts if part.encoding is not None}
-        return sorted(scales | {held.file for held in (*parts, *self.extra, *self.buffers, *self.copies)})
+        held = (*self.tensors.values(), *self.extra, *self.buffers, *self.copies)
+        parts = [part for tensor in held for part in tensor.stored_parts]
+        return sorted({part.file for part in parts} | {part.encoding.scales_file for part in parts if part.encoding is not None})
 
     @property
     def encoding(self) -> str:

@@ -92,10 +92,10 @@ def make_merge_plan(
     dropped = {tensor.name for tensor in new}
     if anatomy.tied and unties_head:
         # The copy of the head may be stored under another name than the class gives it.
-        dropped |= {copy.stored_name for copy in anatomy.copies if copy.name == anatomy.embeddings[0]}
+        dropped |= {part.name for copy in anatomy.copies if copy.name == anatomy.embeddings[0] for part in copy.stored_parts}
     if base_load.traits.head.is_new and anatomy.kind == "decoder":
-        heads = {part.name for part in _parts(anatomy, anatomy.head_weight)}
-        dropped |= {anatomy.head_weight, *heads, *(copy.stored_name for copy in anatomy.copies)}
+        copies = (part for copy in anatomy.copies for part in copy.stored_parts)
+        dropped |= {anatomy.head_weight, *(part.name for part in (*_parts(anatomy, anatomy.head_weight), *copies))}
     tensors = merge.stored_tensors(dropped, with_extra=extra_tensors == "keep")
     return MergePlan(
         base_folder=anatomy.folder,
@@ -128,9 +128,7 @@ class _Merge:
     quantize: Quantize
     held_quantized: set[str]
     """Parameters that training held quantized, and that are merged as it used them."""
-    users: dict[str, list[tuple[TensorInfo, StoredPart]]] = field(
-        default_factory=dict[str, "list[tuple[TensorInfo, StoredPart]]"]
-    )
+    users: dict[str, Users] = field(default_factory=dict[str, Users])
     """Stored name -> the parameters in it."""
 
     def stored_tensors(self, dropped: set[str], *, with_extra: bool) -> list[WriteTensor]:
@@ -142,13 +140,13 @@ class _Merge:
         # The copy of a parameter that was trained would not equal it any more, and without it the class ties them.
         copies = [copy for copy in self.anatomy.copies if not {copy.name, _new_rows_of(copy.name)} & self.artifact.whole.keys()]
         others = (*self.anatomy.buffers, *copies, *(self.anatomy.extra if with_extra else ()))
-        return tensors + [kept for info in others if (kept := _kept(info)).name not in dropped]
+        kept = {part.name: part for info in others for part in info.stored_parts}
+        return tensors + [_kept(part) for name, part in kept.items() if name not in dropped and name not in self.users]
 
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
         rows = self.artifact.whole.get(_new_rows_of(users[0][0].name))
-        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
         if rows is not None:
@@ -160,7 +158,7 @@ class _Merge:
         else:
             sections = [_section(part, operation) for (_, part), operation in zip(users, operations, strict=True)]
             operation = _composed(name, part.shape[0], sections)
-        return WriteTensor(name=name, shape=part.shape, dtype=part.dtype, operation=operation, source=source)
+        return _kept(part).model_copy(update={"operation": operation})
 
     def _operation(self, info: TensorInfo, part: StoredPart) -> Single:
         """Return the operation on the part of a parameter. Unfrozen matrices were trained in 16 bits, so only the others of the
@@ -252,9 +250,9 @@ def _parts(anatomy: ModelAnatomy, name: str) -> Iterable[StoredPart]:
     return anatomy.tensors[name].stored_parts if name in anatomy.tensors else ()
 
 
-def _kept(info: TensorInfo) -> WriteTensor:
-    source = info.model_copy(update={"name": info.stored_name or info.name, "stored_name": ""})
-    return WriteTensor(name=source.name, shape=source.shape, dtype=source.dtype, operation=Keep(), source=source)
+def _kept(part: StoredPart) -> WriteTensor:
+    source = TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+    return WriteTensor(name=part.name, shape=part.shape, dtype=part.dtype, operation=Keep(), source=source)
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
@@ -300,9 +298,14 @@ def _file_names(base_files: list[str]) -> list[str]:
 
 
 def _shard(base: Path, file: str, base_file: str, tensors: list[WriteTensor]) -> Shard:
-    if base_file and all(tensor.operation.kind == "keep" for tensor in tensors):
+    # A decoded tensor is another than the file's, also where its scales are in another shard.
+    if base_file and all(tensor.operation.kind == "keep" and not _is_encoded(tensor) for tensor in tensors):
         names = tuple(tensor.name for tensor in tensors)
         # A shard that also stores tensors which the output drops cannot be linked.
         if set(read_header(base / base_file)) == set(names):
             return LinkShard(file=file, base_file=base_file, names=names, num_bytes=sum(t.num_bytes for t in tensors))
     return WriteShard(file=file, tensors=tuple(tensors))
+
+
+def _is_encoded(tensor: WriteTensor) -> bool:
+    return tensor.source is not None and tensor.source.encoding is not None
