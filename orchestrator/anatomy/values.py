@@ -8,25 +8,31 @@ from orchestrator.anatomy.costs import BlockCosts
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
-DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
+DTYPE_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
-"""Bytes of an element, by safetensors' name of its type."""
+"""Bits of an element, by safetensors' name of its type: all that the format knows (0.8)."""
 
 
 class Encoding(Value):
@@ -99,7 +105,7 @@ class TensorInfo(Value):
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * DTYPE_BYTES[self.dtype]
+        return self.num_elements * DTYPE_BITS[self.dtype] // 8
 
 
 class Experts(Value):
