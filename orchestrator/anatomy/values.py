@@ -72,6 +72,11 @@ class StoredPart(Value):
     """What transformers computes from the stored tensor when loading, if it does more than move elements. Such a parameter
     can be kept as it is stored, but neither read nor trained."""
 
+    @property
+    def oriented_shape(self) -> tuple[int, ...]:
+        """Shape after `transposed`."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
 
 class TensorInfo(Value):
     """One parameter as it is stored. `file` is relative to the base's folder; empty if only the config is known."""

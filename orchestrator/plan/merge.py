@@ -89,13 +89,7 @@ def make_merge_plan(
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
     unties_head = _unties_head(anatomy, artifact)
-    dropped = {tensor.name for tensor in new}
-    if anatomy.tied and unties_head:
-        # The copy of the head may be stored under another name than the class gives it.
-        dropped |= {part.name for copy in anatomy.copies if copy.name == anatomy.embeddings[0] for part in copy.stored_parts}
-    if base_load.traits.head.is_new and anatomy.kind == "decoder":
-        copies = (part for copy in anatomy.copies for part in copy.stored_parts)
-        dropped |= {anatomy.head_weight, *(part.name for part in (*_parts(anatomy, anatomy.head_weight), *copies))}
+    dropped = {tensor.name for tensor in new} | _dropped(anatomy, unties_head=unties_head, new_head=base_load.traits.head.is_new)
     tensors = merge.stored_tensors(dropped, with_extra=extra_tensors == "keep")
     return MergePlan(
         base_folder=anatomy.folder,
@@ -110,6 +104,18 @@ def make_merge_plan(
         shards=_shards(Path(anatomy.folder), tensors, new),
         head=head,
     )
+
+
+def _dropped(anatomy: ModelAnatomy, *, unties_head: bool, new_head: bool) -> set[str]:
+    """Return the stored names of output projections that another head replaces."""
+    dropped: set[str] = set()
+    if anatomy.tied and unties_head:
+        # The copy of the head may be stored under another name than the class gives it.
+        dropped |= {part.name for copy in anatomy.copies if copy.name == anatomy.embeddings[0] for part in copy.stored_parts}
+    if new_head and anatomy.kind == "decoder":
+        copies = (part for copy in anatomy.copies for part in copy.stored_parts)
+        dropped |= {anatomy.head_weight, *(part.name for part in (*_parts(anatomy, anatomy.head_weight), *copies))}
+    return dropped
 
 
 def _unties_head(anatomy: ModelAnatomy, artifact: Artifact) -> bool:
@@ -168,8 +174,8 @@ class _Merge:
         place = _place(info, part)
         if trained is not None:
             return Replace(trained=trained, place=place)
-        reversed = info.name in self.anatomy.transposed
-        if adapter is not None and place.length and _logical_axis(info, place, reversed) == 1:
+        from_right = info.name in self.anatomy.transposed
+        if adapter is not None and place.length and _logical_axis(info, place, from_right) == 1:
             raise SelectionError(
                 f"the adapter of {info.name} cannot be merged into {part.name}, which holds some of its columns",
                 where=part.file,
@@ -178,9 +184,9 @@ class _Merge:
             )
         if info.name in self.held_quantized:
             parameter = info if info.parts else None
-            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, reversed=reversed, parameter=parameter)
+            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, from_right=from_right, parameter=parameter)
         if adapter is not None:
-            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
+            return ApplyAdapter(adapter=adapter, place=place, from_right=from_right)
         return Keep()
 
 
@@ -201,8 +207,7 @@ def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequ
 def _place(info: TensorInfo, part: StoredPart) -> Place:
     if not info.parts:
         return WHOLE
-    oriented = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if part.transposed else part.shape
-    length = part.length or oriented[part.axis]
+    length = part.length or part.oriented_shape[part.axis]
     # All of the parameter along the axis: no need to narrow it.
     whole = length == info.shape[len(part.index) + part.axis]
     return Place(
@@ -214,10 +219,10 @@ def _place(info: TensorInfo, part: StoredPart) -> Place:
     )
 
 
-def _logical_axis(info: TensorInfo, place: Place, reversed: bool) -> int:
+def _logical_axis(info: TensorInfo, place: Place, from_right: bool) -> int:
     """Return the dimension of the weight [out, in] along which a place counts; negative for one of the experts."""
     axis = len(place.index) + place.axis - (len(info.shape) - 2)
-    return 1 - axis if reversed and axis >= 0 else axis
+    return 1 - axis if from_right and axis >= 0 else axis
 
 
 def _section(part: StoredPart, operation: Single) -> Section:

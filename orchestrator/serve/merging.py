@@ -235,7 +235,7 @@ def _merged_matrix(
     Args:
         first_row: Row of the weight that the matrix begins with.
     """
-    turned = operation.place.transposed != operation.reversed
+    turned = operation.place.transposed != operation.from_right
     weight: Held = matrix.T if turned else matrix
     num_rows, width = weight.shape
     if isinstance(operation, Dequantize):
@@ -264,7 +264,7 @@ def _held(plan: MergePlan, operation: Dequantize, weight: torch.Tensor, first_ro
         return hold(weight.contiguous(), dtype, operation.quantize)
     name = operation.parameter.name
     parameter = read_parameters(plan.base_folder, [operation.parameter])[name]
-    held = hold((parameter.T if operation.reversed else parameter).contiguous(), dtype, operation.quantize)
+    held = hold((parameter.T if operation.from_right else parameter).contiguous(), dtype, operation.quantize)
     return rows_of(held, first_row, first_row + weight.shape[0])
 
 

@@ -19,10 +19,12 @@ from orchestrator.train.model.base import LoadedBase
 class _WithNewRows(nn.Module):
     """A frozen layer with V rows, n of which are replaced by the trained parameter `new_rows` [n, H]."""
 
-    def __init__(self, base_layer: nn.Module, rows: nn.Parameter) -> None:
+    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
         self.register_parameter(NEW_ROWS, rows)
+        # A plain attribute: the model's buffers are those of the base.
+        self._ids = ids
 
     @property
     def weight(self) -> Any:
@@ -37,11 +39,6 @@ class _WithNewRows(nn.Module):
 class EmbeddingWithNewRows(_WithNewRows):
     """Embeddings whose look-up of a new token gives its trained row."""
 
-    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor) -> None:
-        super().__init__(base_layer, rows)
-        # A plain attribute: the model's buffers are those of the base.
-        self._ids = ids
-
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Look up int64[...] -> [..., H]."""
         found = self.base_layer(input_ids)
@@ -53,10 +50,6 @@ class EmbeddingWithNewRows(_WithNewRows):
 
 class ProjectionWithNewRows(_WithNewRows):
     """An output projection whose logits of new tokens come from their trained rows."""
-
-    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor) -> None:
-        super().__init__(base_layer, rows)
-        self._ids = ids
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute [..., H] -> logits [..., V]."""
@@ -94,7 +87,7 @@ def _rows_of(base: LoadedBase, weight: str, ids: torch.Tensor) -> nn.Parameter:
 
 
 def _install(
-    base: LoadedBase, weight: str, kind: type[Any], rows: nn.Parameter, ids: torch.Tensor, undo: ExitStack
+    base: LoadedBase, weight: str, kind: type[_WithNewRows], rows: nn.Parameter, ids: torch.Tensor, undo: ExitStack
 ) -> nn.Parameter:
     place = weight.rpartition(".")[0]
     parent, attribute = base.model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]

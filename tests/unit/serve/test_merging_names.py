@@ -156,15 +156,15 @@ def test_an_adapter_is_added_to_the_stored_parts(
     kind, _, how = kind.partition(" ")
     base = Base(kind, tmp_path / kind, transposes_experts=bool(how))
     before = base.state(tmp_path / kind)
-    reversed = kind in ("gpt_oss", "gpt2")
-    logical = before[name].transpose(-2, -1) if reversed else before[name]
+    from_right = kind in ("gpt_oss", "gpt2")
+    logical = before[name].transpose(-2, -1) if from_right else before[name]
     a, b = adapter_of(logical.shape)
     artifact = write_adapter(tools, tmp_path / "rung", name, a, b)
-    anatomy = base.anatomy(sample, transposed=(name,) if reversed else ())
+    anatomy = base.anatomy(sample, transposed=(name,) if from_right else ())
     after = base.state(merged(anatomy, artifact, load_of, tmp_path / "out"))
     product = torch.stack([b[:, :, n] @ a[n] for n in range(a.shape[0])]) if logical.dim() == 3 else b[..., 0] @ a[0]
     wanted = logical + ALPHA / RANK * product
-    assert torch.allclose(after[name].transpose(-2, -1) if reversed else after[name], wanted, atol=1e-6)
+    assert torch.allclose(after[name].transpose(-2, -1) if from_right else after[name], wanted, atol=1e-6)
     assert not torch.equal(after[name], before[name])
     for other, weight in before.items():
         assert other == name or torch.equal(after[other], weight), other
