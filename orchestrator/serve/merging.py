@@ -153,6 +153,7 @@ def _unchanged_bytes(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Ten
                 raise BaseError(f"{tensor.name} now has {left} bytes", where=str(path), remedy="recompute the merge plan")
             while left:
                 piece = bytearray(file.read(min(left, COPY_BYTES)))
+                # Of a truncated file nothing is left to read, and frombuffer raises ValueError.
                 yield torch.frombuffer(piece, dtype=torch.uint8)
                 left -= len(piece)
     except (OSError, ValueError, KeyError) as error:
