@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.anatomy.values import TensorInfo
-from orchestrator.anatomy.weights import DTYPE_BYTES, INDEX, SINGLE
+from orchestrator.anatomy.weights import DTYPE_BITS, INDEX, SINGLE
 from tests.hub_server import Content, Sparse
 
 SHARD_BYTES = 5_000_000_000
@@ -36,7 +36,7 @@ def sparse_base(folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, Conte
 
 
 def _num_bytes(tensor: TensorInfo) -> int:
-    return math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+    return math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8
 
 
 def _sparse_file(tensors: list[TensorInfo]) -> Sparse:

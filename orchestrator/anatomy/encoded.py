@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,8 @@ from orchestrator.anatomy.values import Encoding, TensorInfo
 from orchestrator.errors import BaseError
 
 KEYS = ("quantization_config", "compression_config")
+FP8_BLOCK = (128, 128)
+"""`weight_block_size` where the config does not give it, as transformers has it."""
 FP8_SCALES, FP8_ACTIVATIONS = "_scale_inv", ".activation_scale"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 MXFP4_VALUES_PER_BYTE = 2
@@ -21,14 +24,12 @@ def quantization_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
     The key may be that of the text model in a multimodal config.
     """
-    inner = values.get("text_config")
-    for level in (values, cast("dict[str, Any]", inner) if isinstance(inner, dict) else {}):
-        for key in KEYS:
-            if level.get(key):
-                known = cast("dict[str, Any]", level[key]) if isinstance(level[key], dict) else {}
-                bits = next((f"bitsandbytes {n} bit" for n in (4, 8) if known.get(f"load_in_{n}bit")), "unknown")
-                return key, str(known.get("quant_method", bits))
-    return None
+    found = _settings(values)
+    if found is None:
+        return None
+    key, known = found
+    bits = next((f"bitsandbytes {n} bit" for n in (4, 8) if known.get(f"load_in_{n}bit")), "unknown")
+    return key, str(known.get("quant_method", bits))
 
 
 def refuse_undecodable(folder: Path, values: Mapping[str, Any]) -> None:
@@ -52,28 +53,42 @@ def decoded(
         BaseError: scales that do not fit their tensor.
     """
     found = quantization_of(values)
-    if found is None:
+    settings = _settings(values)
+    if found is None or settings is None:
         return stored, ()
-    tensors = DECODERS[found[1]](folder, stored)
+    method = found[1]
+    tensors = DECODERS[method](folder, settings[1], stored)
     count = sum(tensor.encoding is not None for tensor in tensors.values())
-    note = f"the base is stored in {found[1]}: {count} tensors are decoded to bfloat16 on loading, and the bundle is in 16 bit"
+    note = f"the base is stored in {method}: {count} tensors are decoded to bfloat16 on loading, and the bundle is in 16 bit"
     return tensors, (note,) if count else ()
 
 
-def _from_fp8(folder: Path, stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Weights in 8-bit floats with a scale for each of their blocks, `weight_scale_inv` (DeepSeek V3)."""
+def _settings(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the config key that says that the base is quantized, and its table; None if it is not."""
+    inner = values.get("text_config")
+    for level in (values, cast("dict[str, Any]", inner) if isinstance(inner, dict) else {}):
+        for key in KEYS:
+            if level.get(key):
+                return key, cast("dict[str, Any]", level[key]) if isinstance(level[key], dict) else {}
+    return None
+
+
+def _from_fp8(folder: Path, settings: Mapping[str, Any], stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Weights in 8-bit floats with a scale for each of their blocks, `weight_scale_inv` (DeepSeek V3).
+
+    transformers takes size / number of scales for the size of a block. That is another block than the one the checkpoint was
+    quantized with where the last block of several is not full.
+    """
+    block = settings.get("weight_block_size", FP8_BLOCK)
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         scales = stored.get(f"{name}{FP8_SCALES}")
         if scales is not None:
-            uneven = len(scales.shape) > 1 and any(
-                size % parts for size, parts in zip(info.shape[-2:], scales.shape[-2:], strict=True)
-            )
-            if uneven:
+            if not _is_decoded_right(info.shape, scales.shape, block):
                 raise BaseError(
-                    f"{name} has shape {list(info.shape)} and {list(scales.shape)} scales",
+                    f"{name} has shape {list(info.shape)} and {list(scales.shape)} scales, with `weight_block_size` {block}",
                     where=str(folder / info.file),
-                    expected="blocks that divide the tensor: transformers (5.23) decodes no others",
+                    expected="whole blocks, or a single one: transformers (5.23) decodes no others",
                     remedy="use the base in 16 bit",
                 )
             encoding = Encoding(kind="fp8", data=name, scales=scales.name, scales_file=scales.file)
@@ -83,7 +98,21 @@ def _from_fp8(folder: Path, stored: dict[str, TensorInfo]) -> dict[str, TensorIn
     return tensors
 
 
-def _from_mxfp4(folder: Path, stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _is_decoded_right(shape: tuple[int, ...], scales: tuple[int, ...], block: Any) -> bool:
+    """Return whether the blocks that transformers computes from the shapes are those of the config; None: one scale for all."""
+    if math.prod(scales) == 1 and len(scales) < len(shape):
+        return True
+    if len(shape) < 2 or len(scales) != len(shape) or scales[:-2] != shape[:-2]:
+        return False
+    if block is None:
+        return scales[-2:] == (1, 1)
+    if not isinstance(block, list | tuple) or len(cast("list[Any]", block)) != 2:
+        return False
+    sizes = zip(shape[-2:], scales[-2:], cast("list[Any]", block), strict=True)
+    return all(size == number * width or (number == 1 and size < width) for size, number, width in sizes)
+
+
+def _from_mxfp4(folder: Path, settings: Mapping[str, Any], stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Routed experts in 4-bit floats, `_blocks` [experts, out, groups, 16] with a scale for each group in `_scales`, which
     are the weights [experts, in, out] of the class (gpt-oss)."""
     tensors: dict[str, TensorInfo] = {}

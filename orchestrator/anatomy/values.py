@@ -8,25 +8,31 @@ from orchestrator.anatomy.costs import BlockCosts
 from orchestrator.spec.adapters import ADAPTER_KINDS, PLAIN_LORA, AdapterKind, AdapterOptions
 from orchestrator.values import Value
 
-DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
+DTYPE_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
-"""Bytes of an element, by safetensors' name of its type."""
+"""Bits of an element, by safetensors' name of its type: all that the format knows (0.8)."""
 
 
 class Encoding(Value):
@@ -66,6 +72,11 @@ class StoredPart(Value):
     """What transformers computes from the stored tensor when loading, if it does more than move elements. Such a parameter
     can be kept as it is stored, but neither read nor trained."""
 
+    @property
+    def oriented_shape(self) -> tuple[int, ...]:
+        """Shape after `transposed`."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
 
 class TensorInfo(Value):
     """One parameter as it is stored. `file` is relative to the base's folder; empty if only the config is known."""
@@ -99,7 +110,7 @@ class TensorInfo(Value):
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * DTYPE_BYTES[self.dtype]
+        return self.num_elements * DTYPE_BITS[self.dtype] // 8
 
 
 class Experts(Value):
@@ -278,9 +289,9 @@ class ModelAnatomy(Value):
     @property
     def weight_files(self) -> list[str]:
         """Names of the files in the base's folder that hold its tensors."""
-        parts = [part for tensor in self.tensors.values() for part in tensor.stored_parts]
-        scales = {part.encoding.scales_file for part in parts if part.encoding is not None}
-        return sorted(scales | {held.file for held in (*parts, *self.extra, *self.buffers, *self.copies)})
+        held = (*self.tensors.values(), *self.extra, *self.buffers, *self.copies)
+        parts = [part for tensor in held for part in tensor.stored_parts]
+        return sorted({part.file for part in parts} | {part.encoding.scales_file for part in parts if part.encoding is not None})
 
     @property
     def encoding(self) -> str:

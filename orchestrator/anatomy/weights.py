@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from orchestrator.anatomy.values import DTYPE_BYTES, TensorInfo
+from orchestrator.anatomy.values import DTYPE_BITS, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.units import MIB, format_bytes
 
@@ -120,8 +120,15 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
         dtype, begin, end, shape, whole = "", 0, 0, [], False
     if not whole:
         raise BaseError(f"the header's entry for {name} is not valid: {entry}", where=str(path), remedy=AGAIN)
-    expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
-    if dtype in DTYPE_BYTES and end - begin != expected:
+    if dtype not in DTYPE_BITS:
+        raise BaseError(
+            f"{name} is stored as {dtype}, which is no type of safetensors",
+            where=str(path),
+            expected=", ".join(DTYPE_BITS),
+            remedy="leave the tensor out of the file, or use the base in 16 bit",
+        )
+    expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    if end - begin != expected:
         raise BaseError(
             f"{name} has {end - begin} bytes in the header",
             where=str(path),
@@ -206,8 +213,8 @@ def same_values(folder: Path, first: TensorInfo, second: TensorInfo) -> bool:
     if not ((folder / first.file).is_file() and (folder / second.file).is_file()):
         return True
     with (folder / first.file).open("rb") as one, (folder / second.file).open("rb") as other:
-        left = _seek(one, first.stored_name or first.name)
-        _seek(other, second.stored_name or second.name)
+        left = seek_tensor(one, first.stored_name or first.name)
+        seek_tensor(other, second.stored_name or second.name)
         while left:
             size = min(left, COMPARED_BYTES)
             if one.read(size) != other.read(size):
@@ -216,8 +223,8 @@ def same_values(folder: Path, first: TensorInfo, second: TensorInfo) -> bool:
     return True
 
 
-def _seek(file: BinaryIO, name: str) -> int:
-    """Move to the first byte of a tensor in an open file, and return its number of bytes."""
+def seek_tensor(file: BinaryIO, name: str) -> int:
+    """Move to the first byte of a tensor in a file open at its beginning, and return its number of bytes."""
     length = struct.unpack("<Q", file.read(8))[0]
     begin, end = json.loads(file.read(length))[name]["data_offsets"]
     file.seek(8 + length + begin)

@@ -88,10 +88,8 @@ def make_merge_plan(
     new = new if head is None else []
     if anatomy.tied and anatomy.head_weight in artifact.adapters:
         new.append(_untied_head(anatomy, artifact))
-    dropped = {tensor.name for tensor in new}
-    if base_load.traits.head.is_new and anatomy.kind == "decoder":
-        heads = {part.name for part in _parts(anatomy, anatomy.head_weight)}
-        dropped |= {anatomy.head_weight, *heads, *(copy.stored_name for copy in anatomy.copies)}
+    unties_head = _unties_head(anatomy, artifact)
+    dropped = {tensor.name for tensor in new} | _dropped(anatomy, unties_head=unties_head, new_head=base_load.traits.head.is_new)
     tensors = merge.stored_tensors(dropped, with_extra=extra_tensors == "keep")
     return MergePlan(
         base_folder=anatomy.folder,
@@ -102,10 +100,22 @@ def make_merge_plan(
         class_names=base_load.class_names,
         pooling=base_load.pooling,
         padding=base_load.padding,
-        unties_head=_unties_head(anatomy, artifact),
+        unties_head=unties_head,
         shards=_shards(Path(anatomy.folder), tensors, new),
         head=head,
     )
+
+
+def _dropped(anatomy: ModelAnatomy, *, unties_head: bool, new_head: bool) -> set[str]:
+    """Return the stored names of output projections that another head replaces."""
+    dropped: set[str] = set()
+    if anatomy.tied and unties_head:
+        # The copy of the head may be stored under another name than the class gives it.
+        dropped |= {part.name for copy in anatomy.copies if copy.name == anatomy.embeddings[0] for part in copy.stored_parts}
+    if new_head and anatomy.kind == "decoder":
+        copies = (part for copy in anatomy.copies for part in copy.stored_parts)
+        dropped |= {anatomy.head_weight, *(part.name for part in (*_parts(anatomy, anatomy.head_weight), *copies))}
+    return dropped
 
 
 def _unties_head(anatomy: ModelAnatomy, artifact: Artifact) -> bool:
@@ -124,9 +134,7 @@ class _Merge:
     quantize: Quantize
     held_quantized: set[str]
     """Parameters that training held quantized, and that are merged as it used them."""
-    users: dict[str, list[tuple[TensorInfo, StoredPart]]] = field(
-        default_factory=dict[str, "list[tuple[TensorInfo, StoredPart]]"]
-    )
+    users: dict[str, Users] = field(default_factory=dict[str, Users])
     """Stored name -> the parameters in it."""
 
     def stored_tensors(self, dropped: set[str], *, with_extra: bool) -> list[WriteTensor]:
@@ -136,15 +144,15 @@ class _Merge:
                 self.users.setdefault(part.name, []).append((info, part))
         tensors = [self._stored_tensor(name) for name in self.users if name not in dropped]
         # The copy of a parameter that was trained would not equal it any more, and without it the class ties them.
-        copies = [copy for copy in self.anatomy.copies if copy.name not in self.artifact.whole]
+        copies = [copy for copy in self.anatomy.copies if not {copy.name, _new_rows_of(copy.name)} & self.artifact.whole.keys()]
         others = (*self.anatomy.buffers, *copies, *(self.anatomy.extra if with_extra else ()))
-        return tensors + [kept for info in others if (kept := _kept(info)).name not in dropped]
+        kept = {part.name: part for info in others for part in info.stored_parts}
+        return tensors + [_kept(part) for name, part in kept.items() if name not in dropped and name not in self.users]
 
     def _stored_tensor(self, name: str) -> WriteTensor:
         users = self.users[name]
         part = users[0][1]
-        rows = self.artifact.whole.get(users[0][0].name.removesuffix("weight") + NEW_ROWS)
-        source = TensorInfo(name=name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+        rows = self.artifact.whole.get(_new_rows_of(users[0][0].name))
         operations = [self._operation(info, part) for info, part in users]
         operation: Operation
         if rows is not None:
@@ -156,7 +164,7 @@ class _Merge:
         else:
             sections = [_section(part, operation) for (_, part), operation in zip(users, operations, strict=True)]
             operation = _composed(name, part.shape[0], sections)
-        return WriteTensor(name=name, shape=part.shape, dtype=part.dtype, operation=operation, source=source)
+        return _kept(part).model_copy(update={"operation": operation})
 
     def _operation(self, info: TensorInfo, part: StoredPart) -> Single:
         """Return the operation on the part of a parameter. Unfrozen matrices were trained in 16 bits, so only the others of the
@@ -166,8 +174,8 @@ class _Merge:
         place = _place(info, part)
         if trained is not None:
             return Replace(trained=trained, place=place)
-        reversed = info.name in self.anatomy.transposed
-        if adapter is not None and place.length and _logical_axis(info, place, reversed) == 1:
+        from_right = info.name in self.anatomy.transposed
+        if adapter is not None and place.length and _logical_axis(info, place, from_right) == 1:
             raise SelectionError(
                 f"the adapter of {info.name} cannot be merged into {part.name}, which holds some of its columns",
                 where=part.file,
@@ -176,10 +184,15 @@ class _Merge:
             )
         if info.name in self.held_quantized:
             parameter = info if info.parts else None
-            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, reversed=reversed, parameter=parameter)
+            return Dequantize(quantize=self.quantize, adapter=adapter, place=place, from_right=from_right, parameter=parameter)
         if adapter is not None:
-            return ApplyAdapter(adapter=adapter, place=place, reversed=reversed)
+            return ApplyAdapter(adapter=adapter, place=place, from_right=from_right)
         return Keep()
+
+
+def _new_rows_of(name: str) -> str:
+    """Return the name of the trained rows of new tokens of embeddings or an output projection."""
+    return name.removesuffix("weight") + NEW_ROWS
 
 
 def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequence[int]) -> Compose:
@@ -194,8 +207,7 @@ def _with_new_rows(name: str, num_rows: int, trained: TensorInfo, new_rows: Sequ
 def _place(info: TensorInfo, part: StoredPart) -> Place:
     if not info.parts:
         return WHOLE
-    oriented = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if part.transposed else part.shape
-    length = part.length or oriented[part.axis]
+    length = part.length or part.oriented_shape[part.axis]
     # All of the parameter along the axis: no need to narrow it.
     whole = length == info.shape[len(part.index) + part.axis]
     return Place(
@@ -207,10 +219,10 @@ def _place(info: TensorInfo, part: StoredPart) -> Place:
     )
 
 
-def _logical_axis(info: TensorInfo, place: Place, reversed: bool) -> int:
+def _logical_axis(info: TensorInfo, place: Place, from_right: bool) -> int:
     """Return the dimension of the weight [out, in] along which a place counts; negative for one of the experts."""
     axis = len(place.index) + place.axis - (len(info.shape) - 2)
-    return 1 - axis if reversed and axis >= 0 else axis
+    return 1 - axis if from_right and axis >= 0 else axis
 
 
 def _section(part: StoredPart, operation: Single) -> Section:
@@ -243,9 +255,9 @@ def _parts(anatomy: ModelAnatomy, name: str) -> Iterable[StoredPart]:
     return anatomy.tensors[name].stored_parts if name in anatomy.tensors else ()
 
 
-def _kept(info: TensorInfo) -> WriteTensor:
-    source = info.model_copy(update={"name": info.stored_name or info.name, "stored_name": ""})
-    return WriteTensor(name=source.name, shape=source.shape, dtype=source.dtype, operation=Keep(), source=source)
+def _kept(part: StoredPart) -> WriteTensor:
+    source = TensorInfo(name=part.name, shape=part.shape, dtype=part.dtype, file=part.file, encoding=part.encoding)
+    return WriteTensor(name=part.name, shape=part.shape, dtype=part.dtype, operation=Keep(), source=source)
 
 
 def _new_tensor(name: str, trained: TensorInfo, anatomy: ModelAnatomy) -> WriteTensor:
@@ -291,9 +303,14 @@ def _file_names(base_files: list[str]) -> list[str]:
 
 
 def _shard(base: Path, file: str, base_file: str, tensors: list[WriteTensor]) -> Shard:
-    if base_file and all(tensor.operation.kind == "keep" for tensor in tensors):
+    # A decoded tensor is another than the file's, also where its scales are in another shard.
+    if base_file and all(tensor.operation.kind == "keep" and not _is_encoded(tensor) for tensor in tensors):
         names = tuple(tensor.name for tensor in tensors)
         # A shard that also stores tensors which the output drops cannot be linked.
         if set(read_header(base / base_file)) == set(names):
             return LinkShard(file=file, base_file=base_file, names=names, num_bytes=sum(t.num_bytes for t in tensors))
     return WriteShard(file=file, tensors=tuple(tensors))
+
+
+def _is_encoded(tensor: WriteTensor) -> bool:
+    return tensor.source is not None and tensor.source.encoding is not None

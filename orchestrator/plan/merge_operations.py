@@ -50,7 +50,7 @@ class ApplyAdapter(Value):
     kind: Literal["apply_adapter"] = "apply_adapter"
     adapter: StoredAdapter
     place: Place = WHOLE
-    reversed: bool = False
+    from_right: bool = False
     """True if the parameter multiplies from the right, [in, out]."""
 
 
@@ -70,7 +70,7 @@ class Dequantize(Value):
     quantize: Quantize = "nf4"
     adapter: StoredAdapter | None = None
     place: Place = WHOLE
-    reversed: bool = False
+    from_right: bool = False
     parameter: TensorInfo | None = None
     """The parameter, which was quantized as a whole, where the stored tensor is not all of it."""
 

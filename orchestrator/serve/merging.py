@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from orchestrator.anatomy.values import TensorInfo
+from orchestrator.anatomy.weights import seek_tensor
 from orchestrator.errors import BaseError
 from orchestrator.plan.merge_operations import (
     ApplyAdapter,
@@ -57,8 +58,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }
+"""Types that safetensors maps to torch's and that a tensor here is computed in; others are copied byte by byte."""
 
 
 class MergedFile(Value):
@@ -121,6 +122,9 @@ def _write(plan: MergePlan, shard: WriteShard, folder: Path) -> MergedFile:
 
 def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
     """Yield the output tensor's rows in order, in its own type, one piece at a time."""
+    if tensor.dtype not in DTYPES:
+        yield from _unchanged_bytes(plan, tensor)
+        return
     dtype = DTYPES[tensor.dtype]
     match tensor.operation:
         case NewTensor(trained=info):
@@ -131,6 +135,29 @@ def _pieces(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
                 yield from _operated(plan, section.operation, stored[section.start : section.stop], dtype)
         case Keep() | Replace() | ApplyAdapter() | Dequantize():
             yield from _operated(plan, tensor.operation, _source(plan, tensor), dtype)
+
+
+def _unchanged_bytes(plan: MergePlan, tensor: WriteTensor) -> Iterator[torch.Tensor]:
+    """Yield the bytes of a tensor that is only kept, uint8[...], whatever its type is.
+
+    Raises:
+        BaseError: the file or the tensor is gone, or it has changed since the plan was made.
+    """
+    assert tensor.source is not None
+    assert isinstance(tensor.operation, Keep), f"{tensor.name}: {tensor.dtype} is only copied"
+    path = Path(plan.base_folder) / tensor.source.file
+    try:
+        with path.open("rb") as file:
+            left = seek_tensor(file, tensor.source.name)
+            if left != tensor.num_bytes:
+                raise BaseError(f"{tensor.name} now has {left} bytes", where=str(path), remedy="recompute the merge plan")
+            while left:
+                piece = bytearray(file.read(min(left, COPY_BYTES)))
+                # Of a truncated file nothing is left to read, and frombuffer raises ValueError.
+                yield torch.frombuffer(piece, dtype=torch.uint8)
+                left -= len(piece)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseError(f"{tensor.name} cannot be read: {error}", where=str(path), remedy="recompute the merge plan") from error
 
 
 def _source(plan: MergePlan, tensor: WriteTensor) -> torch.Tensor:
@@ -209,7 +236,7 @@ def _merged_matrix(
     Args:
         first_row: Row of the weight that the matrix begins with.
     """
-    turned = operation.place.transposed != operation.reversed
+    turned = operation.place.transposed != operation.from_right
     weight: Held = matrix.T if turned else matrix
     num_rows, width = weight.shape
     if isinstance(operation, Dequantize):
@@ -238,7 +265,7 @@ def _held(plan: MergePlan, operation: Dequantize, weight: torch.Tensor, first_ro
         return hold(weight.contiguous(), dtype, operation.quantize)
     name = operation.parameter.name
     parameter = read_parameters(plan.base_folder, [operation.parameter])[name]
-    held = hold((parameter.T if operation.reversed else parameter).contiguous(), dtype, operation.quantize)
+    held = hold((parameter.T if operation.from_right else parameter).contiguous(), dtype, operation.quantize)
     return rows_of(held, first_row, first_row + weight.shape[0])
 
 

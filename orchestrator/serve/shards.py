@@ -17,7 +17,7 @@ from types import TracebackType
 
 import torch
 
-from orchestrator.anatomy.values import DTYPE_BYTES
+from orchestrator.anatomy.values import DTYPE_BITS
 from orchestrator.plan.merge_operations import WriteTensor
 from orchestrator.store.files import usual_mode
 from orchestrator.units import MIB
@@ -30,7 +30,7 @@ CHUNKS_IN_FLIGHT = 2
 def write_order(tensors: Sequence[WriteTensor]) -> list[WriteTensor]:
     """Return the tensors with wide types first, so that each starts at a multiple of its item size, as in the format's own
     writer."""
-    return sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    return sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
 
 
 class ShardWriter:

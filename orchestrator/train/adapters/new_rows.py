@@ -19,10 +19,12 @@ from orchestrator.train.model.base import LoadedBase
 class _WithNewRows(nn.Module):
     """A frozen layer with V rows, n of which are replaced by the trained parameter `new_rows` [n, H]."""
 
-    def __init__(self, base_layer: nn.Module, rows: nn.Parameter) -> None:
+    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
         self.register_parameter(NEW_ROWS, rows)
+        # A plain attribute: the model's buffers are those of the base.
+        self._ids = ids
 
     @property
     def weight(self) -> Any:
@@ -36,11 +38,6 @@ class _WithNewRows(nn.Module):
 
 class EmbeddingWithNewRows(_WithNewRows):
     """Embeddings whose look-up of a new token gives its trained row."""
-
-    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor) -> None:
-        super().__init__(base_layer, rows)
-        # A plain attribute: the model's buffers are those of the base.
-        self._ids = ids
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Look up int64[...] -> [..., H]."""
@@ -59,8 +56,7 @@ class ProjectionWithNewRows(_WithNewRows):
         Args:
             bias: Frozen bias of the new tokens [n]: ZeRO-3 partitions the layer's own outside of its forward pass.
         """
-        super().__init__(base_layer, rows)
-        self._ids = ids
+        super().__init__(base_layer, rows, ids)
         self._bias = bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,7 @@ def _not_quantized(anatomy: ModelAnatomy) -> list[str]:
     outside += [
         name
         for name in {name for block in anatomy.blocks for name in block} - linears
-        # transformers matches names by their beginnings: `mlp.gate` must not keep `mlp.gate_proj` from being quantized.
+        # transformers leaves out a named module with all that is in it, which must not be a linear layer of the blocks.
         if len(anatomy.tensors[name].shape) == 2 and not any(each.startswith(name.rpartition(".")[0]) for each in modules)
     ]
     outside += [tensor.name for tensor in anatomy.new_tensors] + [

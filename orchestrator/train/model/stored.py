@@ -81,10 +81,9 @@ def oriented(tensor: torch.Tensor, part: StoredPart) -> torch.Tensor:
 def place_of(parameter: torch.Tensor, part: StoredPart) -> torch.Tensor:
     """Return the view of a parameter that the part fills."""
     target = parameter[part.index] if part.index else parameter
-    oriented_shape = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if part.transposed else part.shape
-    if not oriented_shape:
+    if not part.shape:
         return target
-    return target.narrow(part.axis, part.start, part.length or oriented_shape[part.axis])
+    return target.narrow(part.axis, part.start, part.length or part.oriented_shape[part.axis])
 
 
 def _assembled(info: TensorInfo, found: Mapping[tuple[str, str], torch.Tensor]) -> torch.Tensor:

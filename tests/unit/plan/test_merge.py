@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, select
+from orchestrator.anatomy.values import Encoding, StoredPart, TensorInfo
 from orchestrator.anatomy.weights import read_header
 from orchestrator.errors import BaseError, SelectionError
 from orchestrator.plan.merge import LinkShard, MergePlan, WriteTensor, make_merge_plan
@@ -175,6 +176,51 @@ def test_a_shard_with_a_stale_tied_head_is_not_linked(tmp_path: Path):
     anatomy = base_of(tmp_path / "base", extra={"lm_head.weight": (VOCAB, HIDDEN)})
     plan = make_merge_plan(anatomy, delta_of(tmp_path / "rung", {"lm_head.weight": (VOCAB, HIDDEN)}), load_of(anatomy))
     assert [shard.kind for shard in plan.shards] == ["link", "write", "write"]
+
+
+def test_a_copy_of_the_head_is_left_out_once_the_two_differ(tmp_path: Path):
+    """With new rows the embedding changes; an untied head replaces the copy, whatever its stored name is."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    anatomy = base_of(tmp_path / "base", extra={head: (VOCAB, HIDDEN)}).model_copy(update={"new_rows": (9, 10)})
+    assert [copy.stored_name for copy in anatomy.copies] == [head]
+    rows = delta_of(tmp_path / "rows", {"model.embed_tokens.new_rows": (2, HIDDEN)})
+    assert head not in make_merge_plan(anatomy, rows, load_of(anatomy)).weight_map
+    block = delta_of(tmp_path / "block", {Q: (HIDDEN, HIDDEN)})
+    assert head in make_merge_plan(anatomy, block, load_of(anatomy)).weight_map
+    copy = anatomy.copies[0].model_copy(update={"stored_name": "head.weight"})
+    renamed = anatomy.model_copy(update={"copies": (copy,)})
+    untied = delta_of(tmp_path / "untied", {head: (VOCAB, HIDDEN)})
+    adapted = adapter_of(tmp_path / "adapted", {head: (VOCAB, HIDDEN)})
+    for artifact in (untied, adapted):
+        found = make_merge_plan(renamed, artifact, load_of(anatomy)).weight_map
+        assert {head, embedding} <= found.keys()
+        assert "head.weight" not in found
+    assert "head.weight" in make_merge_plan(renamed, block, load_of(anatomy)).weight_map
+
+
+def test_a_shard_of_quantized_weights_is_decoded_even_if_its_scales_are_elsewhere(tmp_path: Path):
+    anatomy = base_of(tmp_path / "base")
+    name, second = anatomy.blocks[0][1], anatomy.tensors[Q].file
+    encoding = Encoding(kind="fp8", data=name, scales=f"{name}_scale_inv", scales_file=second)
+    encoded = anatomy.tensors[name].model_copy(update={"encoding": encoding})
+    anatomy = anatomy.model_copy(update={"tensors": {**anatomy.tensors, name: encoded}})
+    plan = make_merge_plan(anatomy, delta_of(tmp_path / "rung", {Q: (HIDDEN, HIDDEN)}), load_of(anatomy))
+    assert [shard.kind for shard in plan.shards] == ["write", "write"]
+
+
+def test_buffers_that_are_stored_in_parts_are_kept_part_by_part(tmp_path: Path):
+    shapes: dict[str, tuple[int, ...]] = {"bias.0": (4,), "bias.1": (4,)}
+    anatomy = base_of(tmp_path / "base", extra=shapes)
+    file = anatomy.tensors[Q].file
+    parts = tuple(
+        StoredPart(name=name, file=file, shape=shape, dtype="BF16", index=(number,))
+        for number, (name, shape) in enumerate(shapes.items())
+    )
+    buffer = TensorInfo(name="model.bias", shape=(2, 4), dtype="BF16", file=file, parts=parts)
+    anatomy = anatomy.model_copy(update={"buffers": (buffer,), "extra": ()})
+    plan = make_merge_plan(anatomy, delta_of(tmp_path / "rung", {Q: (HIDDEN, HIDDEN)}), load_of(anatomy))
+    assert {name: written(plan, name).shape for name in shapes} == shapes
+    assert "model.bias" not in plan.weight_map
 
 
 def test_modules_to_save_of_an_adapter_are_taken_whole(tmp_path: Path):

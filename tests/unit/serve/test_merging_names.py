@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy
 from orchestrator.anatomy.values import StoredPart, TensorInfo
-from orchestrator.anatomy.weights import read_weights
+from orchestrator.anatomy.weights import read_header, read_weights, seek_tensor
 from orchestrator.plan.merge import make_merge_plan
 from orchestrator.plan.merge_operations import LinkShard
 from orchestrator.probe.names import map_names
@@ -155,15 +156,15 @@ def test_an_adapter_is_added_to_the_stored_parts(
     kind, _, how = kind.partition(" ")
     base = Base(kind, tmp_path / kind, transposes_experts=bool(how))
     before = base.state(tmp_path / kind)
-    reversed = kind in ("gpt_oss", "gpt2")
-    logical = before[name].transpose(-2, -1) if reversed else before[name]
+    from_right = kind in ("gpt_oss", "gpt2")
+    logical = before[name].transpose(-2, -1) if from_right else before[name]
     a, b = adapter_of(logical.shape)
     artifact = write_adapter(tools, tmp_path / "rung", name, a, b)
-    anatomy = base.anatomy(sample, transposed=(name,) if reversed else ())
+    anatomy = base.anatomy(sample, transposed=(name,) if from_right else ())
     after = base.state(merged(anatomy, artifact, load_of, tmp_path / "out"))
     product = torch.stack([b[:, :, n] @ a[n] for n in range(a.shape[0])]) if logical.dim() == 3 else b[..., 0] @ a[0]
     wanted = logical + ALPHA / RANK * product
-    assert torch.allclose(after[name].transpose(-2, -1) if reversed else after[name], wanted, atol=1e-6)
+    assert torch.allclose(after[name].transpose(-2, -1) if from_right else after[name], wanted, atol=1e-6)
     assert not torch.equal(after[name], before[name])
     for other, weight in before.items():
         assert other == name or torch.equal(after[other], weight), other
@@ -234,6 +235,35 @@ def test_extra_tensors_are_kept_or_left_out(
     kept = {name: tensor for name, tensor in found.items() if name in added}
     assert kept.keys() == (added.keys() if extra_tensors == "keep" else set())
     assert all(torch.equal(added[name], tensor) for name, tensor in kept.items())
+
+
+def test_kept_tensors_of_types_that_torch_cannot_read_keep_their_bytes(
+    sample: ModelAnatomy, load_of: Callable, tools: Any, tmp_path: Path
+) -> None:
+    added = {"u64": ("U64", 2, 16), "c64": ("C64", 3, 24), "e8m0": ("F8_E8M0", 5, 5), "f4": ("F4", 6, 3), "none": ("U16", 0, 0)}
+    file = sorted(Path(sample.folder).glob("*.safetensors"))[0]
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:end]), data[end:]
+    for name, (dtype, size, num_bytes) in added.items():
+        header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [len(body), len(body) + num_bytes]}
+        body += bytes(range(num_bytes))
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    extra = tuple(read_header(file)[name] for name in added)
+    anatomy = sample.model_copy(update={"extra": extra})
+    name = next(name for name, info in anatomy.tensors.items() if info.file == file.name)
+    artifact = tools.write_delta(tmp_path / "rung", {name: torch.zeros(anatomy.tensors[name].shape)})
+    (tmp_path / "out").mkdir()
+    merge(make_merge_plan(anatomy, artifact, load_of(anatomy)), tmp_path / "out")
+    stored = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        for name, info in read_header(shard).items():
+            with shard.open("rb") as opened:
+                stored[name] = (info.dtype, info.num_elements, opened.read(seek_tensor(opened, name)))
+    assert {name: stored[name] for name in added} == {
+        name: (dtype, size, bytes(range(num_bytes))) for name, (dtype, size, num_bytes) in added.items()
+    }
 
 
 def test_the_copy_of_a_tied_embedding_goes_with_it(

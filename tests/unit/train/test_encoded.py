@@ -133,3 +133,34 @@ def test_scales_that_transformers_does_not_decode_are_refused(tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BaseError, match="scales"):
         read_anatomy(folder, need_weights=True)
+
+
+@pytest.mark.parametrize(("block", "readable"), [(None, True), ([8, 8], True), ([32, 32], False), ([20, 8], False)])
+def test_blocks_are_those_of_the_config(block: list[int] | None, readable: bool, tmp_path: Path) -> None:
+    """Two scales for 32 rows in blocks of 20 are of 20 and 12 rows, which transformers decodes as 16 and 16."""
+    folder = save_quantized(tmp_path / "base", "qwen3", "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        rows, columns = tensors[name.removesuffix("_scale_inv")].shape
+        grid = (1, 1) if block is None else (rows // 8, columns // 8) if block == [8, 8] else (-(-rows // 20), columns // 8)
+        tensors[name] = torch.ones(grid)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = block
+    (folder / "config.json").write_text(json.dumps(config))
+    if readable:
+        assert read_anatomy(folder, need_weights=True).encoding == "fp8"
+    else:
+        with pytest.raises(BaseError, match="weight_block_size"):
+            read_anatomy(folder, need_weights=True)
+
+
+def test_a_tensor_of_one_block_that_is_not_full_is_decoded(tmp_path: Path) -> None:
+    folder = save_quantized(tmp_path / "base", "qwen3", "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: torch.ones(1, 1) for name in tensors if name.endswith("_scale_inv")}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["weight_block_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_anatomy(folder, need_weights=True).encoding == "fp8"
