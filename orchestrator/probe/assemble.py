@@ -24,6 +24,8 @@ class Classifier:
     bias: str = ""
     new: tuple[str, ...] = ()
     """Parameters between the last block and the classifier that base checkpoints do not have."""
+    width: int = 0
+    """Number of features that it reads."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ def find_classifier(structure: Structure) -> Classifier:
         return Classifier()
     bias = weights[-1].removesuffix("weight") + "bias"
     named = (weights[-1], bias)
-    return Classifier(weights[-1], bias if bias in outside else "", tuple(name for name in outside if name not in named))
+    return Classifier(
+        weight=weights[-1],
+        bias=bias if bias in outside else "",
+        new=tuple(name for name in outside if name not in named),
+        width=model.get_parameter(weights[-1]).shape[1],
+    )
 
 
 def find_outside(structure: Structure, head: tuple[str, ...], classifier: Classifier) -> Outside:
@@ -136,6 +143,7 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         head_bias=head.bias,
         classifier_weight=classifier.weight or "score.weight",
         classifier_bias=classifier.bias,
+        classifier_width=classifier.width,
         embeddings=outside.embeddings,
         final_norm=outside.final_norm,
         **_blocks(structure),

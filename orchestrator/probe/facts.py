@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.anatomy.layouts import DROPOUT_KEYS
+from orchestrator.anatomy.selection import names_attention
 from orchestrator.anatomy.values import Experts
 from orchestrator.probe.structure import Structure
 
@@ -207,16 +208,11 @@ def mlp_widths(structure: Structure, number: int) -> tuple[int, int]:
     hidden = hidden_size(structure)
     shapes: list[tuple[int, ...]] = []
     for name, module in structure.blocks[number].named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_attention(name) and "expert" not in name:
+        if isinstance(module, (nn.Linear, Conv1D)) and not names_attention(name) and "expert" not in name:
             shape = tuple(module.weight.shape)
             shapes.append(shape if isinstance(module, nn.Linear) else shape[::-1])
     down = max((into for out, into in shapes if out == hidden), default=0)
     return sum(out for out, into in shapes if into == hidden and out in (down, 2 * down)), down
-
-
-def is_attention(name: str) -> bool:
-    """Return whether a module of a block belongs to its attention, by its name as every class of transformers has it."""
-    return any("attn" in part or "attention" in part or part == "att" for part in name.split("."))
 
 
 def mlp_of(structure: Structure) -> Literal["gated", "plain"]:
