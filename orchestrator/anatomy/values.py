@@ -220,9 +220,8 @@ class ModelAnatomy(Value):
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
     """Why a base of this layout can be planned for but not trained; empty if it can be trained."""
-    source: Literal["table", "class", "names"] = "table"
-    """Where the layout is from: the table (`layouts/`), the transformers class itself, built without memory, or the names of the
-    stored tensors."""
+    source: Literal["table", "class"] = "table"
+    """Where the layout is from: the table (`layouts/`), or the transformers class itself, built without memory."""
     architecture: str = ""
     """The transformers class that is loaded for the task; empty for a layout of the table, which the task's auto class finds."""
     ways: Ways = Ways()

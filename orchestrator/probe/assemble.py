@@ -108,7 +108,7 @@ def tied_names(structure: Structure, head: str) -> tuple[tuple[str, ...], ...]:
 
 
 def assemble(built: Built, structure: Structure, names: NameMap | None, head: HeadNames) -> ModelAnatomy:
-    """Return the anatomy of a built class.
+    """Return the anatomy of a built class, without what only a trial of it shows (`probe.trial`): its ways, and its logits.
 
     Args:
         built: The class.
@@ -120,7 +120,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
     classifier = find_classifier(structure) if built.classifies else Classifier()
     outside = find_outside(structure, (head.weight, head.bias), classifier)
     heads, kv_heads, head_dim = facts.heads_of(structure)
-    scale, cap = facts.logits_of(structure)
     embedding: Any = structure.embedding
     return ModelAnatomy(
         model_type=str(config.model_type),
@@ -155,8 +154,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         dropout=facts.dropout_of(structure),
         source="class",
         architecture=type(built.model).__name__,
-        logit_scale=scale,
-        logit_cap=cap,
         tied_names=tied_names(structure, head.weight),
         others=outside.others,
         **_tensors(structure, names, classifier, dtype_of(config)),

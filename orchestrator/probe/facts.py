@@ -35,8 +35,6 @@ INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff",
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act", "dense_act_fn")
 NO_LIMIT = 2**20
 """Positions of a model whose class names no limit: ALiBi and state-space models."""
-LOGIT_DIVISORS, LOGIT_FACTORS = ("logits_scaling",), ("logit_scale",)
-LOGIT_CAPS = ("final_logit_softcapping",)
 RMS_BY_ANOTHER_NAME = re.compile(r"RMS|T5LayerNorm|SwitchTransformersLayerNorm")
 
 
@@ -260,13 +258,3 @@ def dropout_of(structure: Structure) -> str:
             if isinstance(module, nn.Dropout) and module.p > 0:
                 return f"{structure.blocks_module}.{number}.{name} {module.p:g}"
     return ""
-
-
-def logits_of(structure: Structure) -> tuple[float, float]:
-    """Return the factor and the cap of the logits after the output projection, as the config gives them; 0 without a cap."""
-
-    def number(keys: tuple[str, ...]) -> float:
-        return next((float(value) for key in keys if isinstance(value := setting(structure.config, key), (int, float))), 0.0)
-
-    scale = 1 / divisor if (divisor := number(LOGIT_DIVISORS)) else number(LOGIT_FACTORS) or 1.0
-    return scale, number(LOGIT_CAPS)
