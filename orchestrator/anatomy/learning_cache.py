@@ -25,7 +25,7 @@ NOISE = ("_name_or_path", "transformers_version", "auto_map", "id2label", "label
 """Keys of config.json that change nothing of a class."""
 LIBRARIES = ("transformers", "torch", "timm", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")
 """Distributions on which classes, or what they compute, depend; the last five are optional."""
-CODE = ("anatomy", "data", "plan", "probe", "spec", "train", "values.py")
+CODE = ("anatomy", "bases", "data", "plan", "probe", "spec", "train", "values.py")
 """Folders and files of this package that decide what an answer says."""
 
 
