@@ -58,7 +58,8 @@ def learn(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]
             if answer is None:
                 tensors = None if stored is None else tuple(stored.values())
                 answer = ask(Question(folder=str(folder), head=head, stored=tensors, code_sha256=code))
-                remember(key, answer)
+                if answer.anatomy is not None:  # a refusal may end with the installation of a package
+                    remember(key, answer)
     if answer.anatomy is None:
         raise _error(folder, values, answer.refusal)
     return answer.anatomy.model_copy(update={"folder": str(folder), "config_sha256": content_hash(values)})
@@ -73,7 +74,8 @@ def ask(question: Question) -> Answer:
     with tempfile.TemporaryDirectory(prefix="orchestrator-probe-") as scratch:
         asked, answered = Path(scratch) / "question.json", Path(scratch) / "answer.json"
         asked.write_text(question.model_dump_json(exclude_defaults=True))
-        command = [sys.executable, "-m", "orchestrator.probe", str(asked), str(answered)]
+        # -P: `-m` would import the modules of the current folder before all others, such as a user's gzip.py.
+        command = [sys.executable, "-P", "-m", "orchestrator.probe", str(asked), str(answered)]
         try:
             done = subprocess.run(
                 command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
@@ -89,7 +91,8 @@ def ask(question: Question) -> Answer:
 def _environment() -> dict[str, str]:
     """Return the environment of the process: one thread, no network, no GPU, this package."""
     package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join([package, *filter(None, own)])  # an empty entry is the current folder
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **fixed, "PYTHONPATH": path}
 

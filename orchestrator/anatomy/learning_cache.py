@@ -23,8 +23,10 @@ from orchestrator.values import content_hash
 
 NOISE = ("_name_or_path", "transformers_version", "auto_map", "id2label", "label2id", "task_specific_params")
 """Keys of config.json that change nothing of a class."""
-LIBRARIES = ("transformers", "torch")
-CODE = ("anatomy", "probe", "train/model")
+LIBRARIES = ("transformers", "torch", "timm", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")
+"""Distributions on which classes, or what they compute, depend; the last five are optional."""
+CODE = ("anatomy", "bases", "data", "plan", "probe", "spec", "train", "values.py")
+"""Folders and files of this package that decide what an answer says."""
 
 
 def cache_folder() -> Path:
@@ -38,15 +40,29 @@ def key_of(values: Mapping[str, Any], stored: Mapping[str, TensorInfo] | None, h
     hash), and the code that finds it."""
     config = {key: value for key, value in values.items() if key not in NOISE}
     tensors = None if stored is None else [tensor.model_dump(exclude_defaults=True) for tensor in stored.values()]
-    return content_hash([head, config, tensors, own_code, _code_hash(), [metadata.version(library) for library in LIBRARIES]])
+    return content_hash([head, config, tensors, own_code, _code_hash(), _versions()])
 
 
 @cache
 def _code_hash() -> str:
     """Return the hash of the code by which answers are found, so that those of another version of this package are not used."""
     package = Path(__file__).resolve().parents[1]
-    files = sorted(path for folder in CODE for path in (package / folder).glob("*.py"))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    files = [
+        path for name in CODE for path in ((package / name).rglob("*.py") if (package / name).is_dir() else [package / name])
+    ]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+@cache
+def _versions() -> list[str]:
+    """Return the installed versions of the libraries, an empty one for each that is missing."""
+    installed: list[str] = []
+    for library in LIBRARIES:
+        try:
+            installed.append(metadata.version(library))
+        except metadata.PackageNotFoundError:
+            installed.append("")
+    return installed
 
 
 def recall(key: str) -> Answer | None:

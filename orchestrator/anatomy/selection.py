@@ -118,7 +118,13 @@ def select_everything(anatomy: ModelAnatomy, *, task: Task, num_classes: int = 0
 
 def is_attention(anatomy: ModelAnatomy, weight: str) -> bool:
     """Return whether a linear layer of a block belongs to its attention; the others are its MLP's."""
-    return any("attn" in part or part in ("attention", "att") for part in _within_block(anatomy, weight).split("."))
+    return names_attention(_within_block(anatomy, weight))
+
+
+def names_attention(module: str) -> bool:
+    """Return whether a module of a block belongs to its attention, by its name: `self_attn.q_proj`, `self_attention.dense`,
+    `layer.0.SelfAttention.q`."""
+    return any("attn" in part or "attention" in part or part == "att" for part in module.lower().split("."))
 
 
 def is_chosen(anatomy: ModelAnatomy, weight: str, modules: Modules) -> bool:
@@ -247,7 +253,7 @@ def _new_names(anatomy: ModelAnatomy, task: Task, parsed: Policy) -> list[str]:
 def _new_elements(anatomy: ModelAnatomy, task: Task, parsed: Policy, num_classes: int) -> int:
     if not TASKS[task].head.is_new or parsed.kind == "none":
         return 0
-    classifier = num_classes * (anatomy.hidden_size + bool(anatomy.classifier_bias))
+    classifier = num_classes * (anatomy.classifier_inputs + bool(anatomy.classifier_bias))
     return classifier + sum(tensor.num_elements for tensor in anatomy.new_tensors)
 
 
@@ -275,13 +281,13 @@ def _besides(anatomy: ModelAnatomy, parsed: Policy, blocks: list[int], tune: Tun
         names += anatomy.final_norm
     found = {name: anatomy.tensors[name].num_elements for name in names}
     if "new_tokens" in parsed.extras:
-        found |= dict.fromkeys(_new_row_names(anatomy, parsed, tune, task), len(anatomy.new_rows) * anatomy.hidden_size)
+        found |= {name: len(anatomy.new_rows) * width for name, width in _new_rows(anatomy, parsed, tune, task).items()}
     return found
 
 
-def _new_row_names(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task) -> tuple[str, ...]:
-    """Return the parameters that `+new_tokens` trains, [new tokens, hidden]: rows of the embeddings and, unless it is tied to
-    them or trained whole, of the output projection."""
+def _new_rows(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task) -> dict[str, int]:
+    """Return the parameters that `+new_tokens` trains, [new tokens, width], with their widths: rows of the embeddings and, unless
+    it is tied to them or trained whole, of the output projection."""
     if not anatomy.new_rows:
         raise SelectionError(
             "`+new_tokens` trains the rows of new tokens, and the spec names none",
@@ -296,7 +302,8 @@ def _new_row_names(anatomy: ModelAnatomy, parsed: Policy, tune: Tune, task: Task
             remedy="remove +head",
         )
     embedding, head = (name.removesuffix("weight") + NEW_ROWS for name in (anatomy.embeddings[0], anatomy.head_weight))
-    return (embedding,) if wants_head or anatomy.tied or TASKS[task].head.is_new else (embedding, head)
+    rows = {embedding: anatomy.embedding_width}
+    return rows if wants_head or anatomy.tied or TASKS[task].head.is_new else rows | {head: anatomy.head_width}
 
 
 def _trains_embeddings(parsed: Policy) -> bool:
@@ -396,4 +403,4 @@ def _check_experts(anatomy: ModelAnatomy, adapted: Iterable[str], adapter: Adapt
 
 def _head_elements(anatomy: ModelAnatomy) -> int:
     """Return the number of elements of a tied output projection after it is copied."""
-    return anatomy.vocab_size * anatomy.hidden_size
+    return anatomy.vocab_size * anatomy.head_width

@@ -210,6 +210,8 @@ class ModelAnatomy(Value):
     tensors: dict[str, TensorInfo]
     """Every stored tensor by name (without a tied head)."""
     config_sha256: str
+    classifier_width: int = 0
+    """Number of features that the new classifier reads; 0 if it is `hidden_size`."""
     classifier_bias: str = ""
     """`classifier.bias`; empty if the new head of `classify` has none."""
     head_bias: str = ""
@@ -229,9 +231,8 @@ class ModelAnatomy(Value):
     """Config key and rate of dropout in blocks or embeddings during training; empty if there is none."""
     plan_only: str = ""
     """Why a base of this layout can be planned for but not trained; empty if it can be trained."""
-    source: Literal["table", "class", "names"] = "table"
-    """Where the layout is from: the table (`layouts/`), the transformers class itself, built without memory, or the names of the
-    stored tensors."""
+    source: Literal["table", "class"] = "table"
+    """Where the layout is from: the table (`layouts/`), or the transformers class itself, built without memory."""
     architecture: str = ""
     """The transformers class that is loaded for the task; empty for a layout of the table, which the task's auto class finds."""
     code_sha256: str = ""
@@ -282,9 +283,27 @@ class ModelAnatomy(Value):
         """Return the shape of a weight as (out, in), of routed experts as (experts, out, in), whichever way its parameter lies;
         of the output projection too where it is tied."""
         if name not in self.tensors and name == self.head_weight:
-            return (self.vocab_size, self.hidden_size)
+            return (self.vocab_size, self.embedding_width)
         shape = self.tensors[name].shape
         return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the table of the tokens, and of an output projection that is tied to it. It is not `hidden_size` where a class
+        projects between the two (OPT-350m, ELECTRA, ALBERT)."""
+        table = self.tensors.get(self.embeddings[0]) if self.embeddings and self.vocab_size else None
+        return table.shape[1] if table is not None and len(table.shape) == 2 else self.hidden_size
+
+    @property
+    def head_width(self) -> int:
+        """Number of features that the output projection reads."""
+        head = self.tensors.get(self.head_weight)
+        return self.embedding_width if head is None else head.shape[-1]
+
+    @property
+    def classifier_inputs(self) -> int:
+        """Number of features that the new classifier reads."""
+        return self.classifier_width or self.hidden_size
 
     @property
     def weight_files(self) -> list[str]:

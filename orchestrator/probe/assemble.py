@@ -24,6 +24,8 @@ class Classifier:
     bias: str = ""
     new: tuple[str, ...] = ()
     """Parameters between the last block and the classifier that base checkpoints do not have."""
+    width: int = 0
+    """Number of features that it reads."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ def find_classifier(structure: Structure) -> Classifier:
         return Classifier()
     bias = weights[-1].removesuffix("weight") + "bias"
     named = (weights[-1], bias)
-    return Classifier(weights[-1], bias if bias in outside else "", tuple(name for name in outside if name not in named))
+    return Classifier(
+        weight=weights[-1],
+        bias=bias if bias in outside else "",
+        new=tuple(name for name in outside if name not in named),
+        width=model.get_parameter(weights[-1]).shape[1],
+    )
 
 
 def find_outside(structure: Structure, head: tuple[str, ...], classifier: Classifier) -> Outside:
@@ -98,7 +105,7 @@ def tied_names(structure: Structure, head: str) -> tuple[tuple[str, ...], ...]:
 
 
 def assemble(built: Built, structure: Structure, names: NameMap | None, head: HeadNames) -> ModelAnatomy:
-    """Return the anatomy of a built class.
+    """Return the anatomy of a built class, without what only a trial of it shows (`probe.trial`): its ways, and its logits.
 
     Args:
         built: The class.
@@ -110,7 +117,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
     classifier = find_classifier(structure) if built.classifies else Classifier()
     outside = find_outside(structure, (head.weight, head.bias), classifier)
     heads, kv_heads, head_dim = facts.heads_of(structure)
-    scale, cap = facts.logits_of(structure)
     embedding: Any = structure.embedding
     return ModelAnatomy(
         model_type=str(config.model_type),
@@ -132,6 +138,7 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         head_bias=head.bias,
         classifier_weight=classifier.weight or "score.weight",
         classifier_bias=classifier.bias,
+        classifier_width=classifier.width,
         embeddings=outside.embeddings,
         final_norm=outside.final_norm,
         **_blocks(structure),
@@ -143,8 +150,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
         dropout=facts.dropout_of(structure),
         source="class",
         architecture=type(built.model).__name__,
-        logit_scale=scale,
-        logit_cap=cap,
         tied_names=tied_names(structure, head.weight),
         others=outside.others,
         **_tensors(structure, names, classifier, dtype_of(config)),

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.anatomy.layouts import DROPOUT_KEYS
+from orchestrator.anatomy.selection import names_attention
 from orchestrator.anatomy.values import Experts
 from orchestrator.probe.structure import Structure
 
@@ -34,8 +35,6 @@ INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff",
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act", "dense_act_fn")
 NO_LIMIT = 2**20
 """Positions of a model whose class names no limit: ALiBi and state-space models."""
-LOGIT_DIVISORS, LOGIT_FACTORS = ("logits_scaling",), ("logit_scale",)
-LOGIT_CAPS = ("final_logit_softcapping",)
 RMS_BY_ANOTHER_NAME = re.compile(r"RMS|T5LayerNorm|SwitchTransformersLayerNorm")
 
 
@@ -207,16 +206,11 @@ def mlp_widths(structure: Structure, number: int) -> tuple[int, int]:
     hidden = hidden_size(structure)
     shapes: list[tuple[int, ...]] = []
     for name, module in structure.blocks[number].named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_attention(name) and "expert" not in name:
+        if isinstance(module, (nn.Linear, Conv1D)) and not names_attention(name) and "expert" not in name:
             shape = tuple(module.weight.shape)
             shapes.append(shape if isinstance(module, nn.Linear) else shape[::-1])
     down = max((into for out, into in shapes if out == hidden), default=0)
     return sum(out for out, into in shapes if into == hidden and out in (down, 2 * down)), down
-
-
-def is_attention(name: str) -> bool:
-    """Return whether a module of a block belongs to its attention, by its name as every class of transformers has it."""
-    return any("attn" in part or "attention" in part or part == "att" for part in name.split("."))
 
 
 def mlp_of(structure: Structure) -> Literal["gated", "plain"]:
@@ -264,13 +258,3 @@ def dropout_of(structure: Structure) -> str:
             if isinstance(module, nn.Dropout) and module.p > 0:
                 return f"{structure.blocks_module}.{number}.{name} {module.p:g}"
     return ""
-
-
-def logits_of(structure: Structure) -> tuple[float, float]:
-    """Return the factor and the cap of the logits after the output projection, as the config gives them; 0 without a cap."""
-
-    def number(keys: tuple[str, ...]) -> float:
-        return next((float(value) for key in keys if isinstance(value := setting(structure.config, key), (int, float))), 0.0)
-
-    scale = 1 / divisor if (divisor := number(LOGIT_DIVISORS)) else number(LOGIT_FACTORS) or 1.0
-    return scale, number(LOGIT_CAPS)

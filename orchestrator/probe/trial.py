@@ -79,7 +79,8 @@ def _try(built: Built, structure: Structure) -> Trial:
             task = GENERATE
         elif not built.classifies:
             logits, task = measured_logit_map(built.model, anatomy), GENERATE
-        ways = try_ways(built.model, with_logits(anatomy, logits), task)
+        anatomy = with_logits(anatomy, logits)
+        ways = try_ways(built.model, anatomy, task)
     unlike = not_linear(built.model, anatomy, task)
     odd = {_in_block(anatomy, number, name) for number, block in enumerate(anatomy.linears) for name in block if name in unlike}
     return Trial(ways, logits, tuple(order), frozenset(odd))

@@ -133,12 +133,12 @@ def peft_modules(parameters: Iterable[str]) -> dict[str, str]:
 def new_shapes(anatomy: ModelAnatomy, num_classes: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of tensors that may be new: an untied head, the rows of new tokens; for `classify`, the classifier and an
     encoder's pooler."""
-    names = (anatomy.embeddings[0], anatomy.head_weight) if anatomy.new_rows else ()
-    rows = {name.removesuffix("weight") + NEW_ROWS: (len(anatomy.new_rows), anatomy.hidden_size) for name in names}
+    widths = {anatomy.embeddings[0]: anatomy.embedding_width, anatomy.head_weight: anatomy.head_width} if anatomy.new_rows else {}
+    rows = {name.removesuffix("weight") + NEW_ROWS: (len(anatomy.new_rows), width) for name, width in widths.items()}
     if not num_classes:
-        return rows | {anatomy.head_weight: (anatomy.vocab_size, anatomy.hidden_size)}
+        return rows | {anatomy.head_weight: (anatomy.vocab_size, anatomy.head_width)}
     shapes: dict[str, tuple[int, ...]] = rows | {info.name: info.shape for info in anatomy.new_tensors}
-    shapes[anatomy.classifier_weight] = (num_classes, anatomy.hidden_size)
+    shapes[anatomy.classifier_weight] = (num_classes, anatomy.classifier_inputs)
     if anatomy.classifier_bias:
         shapes[anatomy.classifier_bias] = (num_classes,)
     return shapes

@@ -162,14 +162,14 @@ def attention_width(anatomy: ModelAnatomy, execution: ExecutionPlan, data: DataS
 
 def head_elements(anatomy: ModelAnatomy, num_classes: int = 0) -> int:
     """Return the elements of the output projection, or of the classifier."""
-    return (num_classes or anatomy.vocab_size) * anatomy.hidden_size
+    return num_classes * anatomy.classifier_inputs if num_classes else anatomy.vocab_size * anatomy.head_width
 
 
 def adapter_elements(anatomy: ModelAnatomy, selection: LayerSelection) -> tuple[int, int]:
     """Return the elements of adapters that a token is multiplied with: (in the blocks, on the head)."""
     kind, lora_rank = selection.adapter_kind, selection.lora_rank or 0
     stored = [name for name in selection.adapted if name != anatomy.head_weight]
-    head = (anatomy.vocab_size, anatomy.hidden_size)
+    head = (anatomy.vocab_size, anatomy.head_width)
     on_head = kind.multiplied_elements(head, lora_rank) if len(stored) < len(selection.adapted) else 0
     in_blocks, copied, routed = 0, set(_copied(anatomy, selection)), anatomy.routed
     for name in stored:

@@ -79,7 +79,7 @@ def make_footprint(
     """
     matrices = {name for block in anatomy.linears for name in block} if quantize != "none" else set[str]()
     quantized = {name: quantized_bytes(anatomy.matrix_shape(name), quantize, element_bytes) for name in matrices}
-    head_bytes = anatomy.vocab_size * anatomy.hidden_size * element_bytes
+    head_bytes = anatomy.vocab_size * anatomy.head_width * element_bytes
     loaded = {
         name: quantized[name].total if name in quantized else tensor.num_elements * element_bytes
         for name, tensor in anatomy.tensors.items()
@@ -147,11 +147,11 @@ def _converted_bytes(anatomy: ModelAnatomy, element_bytes: int) -> int:
 
 def learning_counts(anatomy: ModelAnatomy, selection: LayerSelection, *, num_classes: int = 0) -> tuple[int, ...]:
     """Return the elements of each trainable tensor in the engine's order: the model's, an adapted one as its adapter's."""
-    head = (anatomy.vocab_size, anatomy.hidden_size)
+    head = (anatomy.vocab_size, anatomy.head_width)
     shapes = {name: tensor.shape for name, tensor in anatomy.tensors.items()} | {
         tensor.name: tensor.shape for tensor in anatomy.new_tensors
     }
-    shapes |= {anatomy.classifier_weight: (num_classes, anatomy.hidden_size), anatomy.classifier_bias: (num_classes,)}
+    shapes |= {anatomy.classifier_weight: (num_classes, anatomy.classifier_inputs), anatomy.classifier_bias: (num_classes,)}
     shapes.setdefault(anatomy.head_weight, head)
     shapes |= new_shapes(anatomy, num_classes)
     trainable, adapted, lora_rank = set(selection.trainable), set(selection.adapted), selection.lora_rank or 0

@@ -48,7 +48,7 @@ def _position_reader(anatomy: ModelAnatomy, padding: Padding) -> Any:
     config.get_text_config().pad_token_id = padding.token_id
     with torch.device("meta"):
         model: Any = AutoModelForSequenceClassification.from_config(config)
-    width = anatomy.hidden_size
+    width = anatomy.classifier_inputs
     head = nn.Linear(width, 2, bias=False)
     nn.init.constant_(head.weight, 1.0 / width)
     model.set_submodule(anatomy.classifier_weight.rpartition(".")[0], head)

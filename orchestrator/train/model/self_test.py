@@ -269,9 +269,7 @@ def _fused_attention(test: SelfTest) -> tuple[Ways, dict[str, str]]:
 
 def _unseen(test: SelfTest, own: np.ndarray, ways: Ways) -> str:
     """Return that this instance would not show documents that see each other; empty if it would."""
-    as_one = SelfTest(test.model, test.anatomy, test.task, test.device)
-    joined = _joined(test.data)
-    losses = _losses_of(as_one, joined, ways)
+    losses = _losses_of(test, _joined(test.data), ways)
     same = losses is not None and _mean_difference(losses, own) <= 10 * test.tolerance
     return "the small instance does not show whether documents see each other" if same else ""
 

@@ -87,6 +87,27 @@ def test_a_process_that_fails_is_an_error_with_its_last_line(tmp_path: Path, mon
     assert caught.value.where == str(tmp_path)
 
 
+def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gzip.py").write_text("raise SystemExit('the gzip.py of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
+    answer = learned.ask(Question(folder=str(tmp_path), head="language_model"))
+    assert answer.refusal is not None
+    assert answer.refusal.kind == "unknown_type"
+
+
+def test_a_refusal_is_not_kept(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_base(tmp_path / "a", OLMO)
+    ask = learned.ask
+    monkeypatch.setattr(learned, "ask", lambda _: REFUSED)
+    with pytest.raises(BaseError, match="it cannot be"):
+        read_anatomy(folder, need_weights=False)
+    assert not list(cache.iterdir())
+    monkeypatch.setattr(learned, "ask", ask)
+    assert read_anatomy(folder, need_weights=False).architecture == "Olmo2ForCausalLM"
+
+
 def test_a_refusal_says_what_and_where(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "ask", lambda _: REFUSED)
     folder = write_base(tmp_path / "a", OLMO)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.anatomy import LayerSelection, ModelAnatomy, check_modules, known_layouts, read_anatomy, resolve_base, select
+from orchestrator.anatomy.selection import names_attention
 from orchestrator.errors import SelectionError
 from orchestrator.spec import load_spec
 from orchestrator.spec.adapters import AdapterOptions, Modules
@@ -178,6 +179,25 @@ def test_experts_and_routers_learn_if_asked() -> None:
     assert "write last:1" in str(caught.value)
     with pytest.raises(SelectionError, match="no routed experts"):
         check_modules(anatomy_of("llama"), "experts")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("self_attn.q_proj", True),
+        ("attention.output.dense", True),
+        ("self_attention.query_key_value", True),
+        ("layer.0.SelfAttention.q", True),
+        ("layer.1.EncDecAttention.o", True),
+        ("att.key", True),
+        ("mlp.up_proj", False),
+        ("output.dense", False),
+        ("layer.1.DenseReluDense.wi", False),
+        ("pattern.dense", False),
+    ],
+)
+def test_attention_is_known_by_its_name(name: str, expected: bool) -> None:
+    assert names_attention(name) == expected
 
 
 def test_nothing_learns_under_none() -> None:

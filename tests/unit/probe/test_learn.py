@@ -17,12 +17,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from orchestrator.anatomy import ModelAnatomy
+from orchestrator.anatomy import ModelAnatomy, select
 from orchestrator.anatomy.learning import Question, Refusal
+from orchestrator.anatomy.selection import NEW_ROWS
 from orchestrator.anatomy.weights import read_weights
+from orchestrator.plan.cost.flops import head_elements
+from orchestrator.plan.memory.footprint import learning_counts
 from orchestrator.probe.classes import RefusedError
 from orchestrator.probe.learn import answer, learn
 from orchestrator.spec.tasks import HeadKind
+from orchestrator.work.artifact import new_shapes
 
 SMALL: dict[str, Any] = {
     "vocab_size": 48,
@@ -178,6 +182,34 @@ def test_an_encoder_is_its_classifier_and_its_old_names_are_read(tmp_path: Path)
     assert anatomy.tensors["bert.embeddings.LayerNorm.weight"].stored_name == "bert.embeddings.LayerNorm.gamma"
     assert [tensor.name for tensor in anatomy.new_tensors] == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
     assert anatomy.extra == (), "its head for masked tokens is nothing unusual"
+
+
+def test_embeddings_may_be_narrower_than_the_blocks(tmp_path: Path) -> None:
+    model = save(tmp_path / "opt", "opt", word_embed_proj_dim=8, ffn_dim=64)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    opt = learned(tmp_path / "opt").model_copy(update={"new_rows": (5, 6)})
+    assert (opt.hidden_size, opt.tied) == (32, True)
+    assert opt.matrix_shape(opt.head_weight) == shapes[opt.head_weight] == (48, 8)
+    rows = new_shapes(opt, 0)
+    assert rows[opt.head_weight] == (48, 8)
+    assert rows[f"{opt.embeddings[0].removesuffix('weight')}{NEW_ROWS}"] == (2, 8)
+    for policy, extra in (("all+head", 48 * 8), ("all+new_tokens", 2 * 8)):
+        both = [select(opt, each, "full", None, task="text") for each in (policy, "all")]
+        assert both[0].num_trainable_parameters - both[1].num_trainable_parameters == extra
+        counts = [learning_counts(opt, each) for each in both]
+        assert sum(counts[0]) - sum(counts[1]) == extra
+    assert head_elements(opt) == 48 * 8
+
+
+def test_a_classifier_reads_what_its_class_says(tmp_path: Path) -> None:
+    save(tmp_path, "electra", AutoModelForSequenceClassification, embedding_size=8)
+    electra = learned(tmp_path, "classification")
+    assert (electra.hidden_size, electra.embedding_width, electra.classifier_inputs) == (32, 8, 32)
+    wider = electra.model_copy(update={"classifier_width": 40})
+    both = [select(each, "all", "full", None, task="classify", num_classes=5) for each in (wider, electra)]
+    assert both[0].num_trainable_parameters - both[1].num_trainable_parameters == 5 * 8
+    assert new_shapes(wider, 5)[wider.classifier_weight] == (5, 40)
+    assert head_elements(wider, 5) == 5 * 40
 
 
 def test_types_without_a_class(tmp_path: Path) -> None:
