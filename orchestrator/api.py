@@ -235,7 +235,8 @@ class Bundle:
         the `Classifier` of its own `classify.py`, whose output has `logits` too.
 
         Args:
-            options: For the model's `from_pretrained`, such as `device_map="auto"`.
+            options: For the model's `from_pretrained`, such as `device_map="auto"`, or `trust_remote_code=True`
+                for a bundle that has the code of its base: the manifest names its hash, which this does not check.
 
         Raises:
             UsageError: it is no bundle.
@@ -246,13 +247,14 @@ class Bundle:
         from orchestrator.serve.loading import serving_class
         from orchestrator.serve.predict import read_spec
 
-        options = {"local_files_only": True, "dtype": "auto", **options}
+        options = {"local_files_only": True, "dtype": "auto", "trust_remote_code": False, **options}
         head = TASKS[read_spec(self.folder)["task"]].head
         if head.is_new and has_head_file(self.folder):
             model = load_classifier(self.folder, **options)
         else:
             model = getattr(transformers, serving_class(self.folder, head.auto_model)).from_pretrained(self.folder, **options)
-        return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        trust: bool = options["trust_remote_code"]
+        return model, transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=trust)
 
     def predict(self, questions: list[Any], *, max_new_tokens: int = 256) -> list[Answer]:
         """Return greedy answers to prompts (or to lists of messages), or the classes of texts, in their order.

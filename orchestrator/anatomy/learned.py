@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.anatomy.learning import Answer, Question, Refusal
 from orchestrator.anatomy.learning_cache import key_of, locked, recall, remember
+from orchestrator.anatomy.own_code import approved_code, code_sha256
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
 from orchestrator.errors import BaseError
 from orchestrator.spec.tasks import TASKS, Task
@@ -20,7 +21,7 @@ from orchestrator.values import content_hash
 
 SECONDS = 600
 """Longest time that a class may take to be built."""
-OWN_CODE = "the code that comes with a base is not run; use a base of a type that transformers has, or a newer transformers"
+OWN_CODE = "use a base of a type that transformers has, or a newer transformers; or read its code, and pin it to let it run"
 
 
 class NotLearnedError(BaseError):
@@ -48,14 +49,15 @@ def learn(folder: Path, values: dict[str, Any], stored: Mapping[str, TensorInfo]
         BaseError: the process fails.
     """
     head = TASKS[task].head.kind
-    key = key_of(values, stored, head)
+    code = approved_code(folder)
+    key = key_of(values, stored, head, code)
     answer = recall(key)
     if answer is None:
         with locked(key):
             answer = recall(key)  # by the process that had the lock before
             if answer is None:
                 tensors = None if stored is None else tuple(stored.values())
-                answer = ask(Question(folder=str(folder), head=head, stored=tensors))
+                answer = ask(Question(folder=str(folder), head=head, stored=tensors, code_sha256=code))
                 remember(key, answer)
     if answer.anatomy is None:
         raise _error(folder, values, answer.refusal)
@@ -118,7 +120,12 @@ def _unknown_type(where: str, values: dict[str, Any], known: tuple[str, ...]) ->
     found = "model_type is missing" if model_type is None else f"unknown layout: model_type {model_type!r}"
     near = difflib.get_close_matches(str(model_type).lower(), known, n=3, cutoff=0.6)
     if "auto_map" in values:
-        found, remedy = f"{found}, and the base comes with its own code (auto_map)", OWN_CODE
+        code = code_sha256(Path(where).parent)
+        pin = f": `trust_remote_code: true` and `code_sha256: {code}` under `base`, or for a hub id a full commit as `revision`"
+        found, remedy = (
+            f"{found}, and the base comes with its own code (auto_map), which is not run",
+            OWN_CODE + (pin if code else ""),
+        )
     else:
         remedy = f"did you mean {' or '.join(near)}?" if near else "use a base of a type that the installed transformers has"
     return NotLearnedError(found, where=where, expected=f"one of the {len(known)} types that transformers has", remedy=remedy)

@@ -16,6 +16,8 @@ class Question(Value):
     """Absolute path of the folder with config.json."""
     head: HeadKind
     """The kind of head that the task trains with: decides which class is loaded."""
+    code_sha256: str = ""
+    """Hash of the code in the folder that may run; empty for none."""
     stored: tuple[TensorInfo, ...] | None = None
     """The stored tensors, named as in the files; None if only the config is known."""
 

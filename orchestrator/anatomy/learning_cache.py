@@ -33,11 +33,12 @@ def cache_folder() -> Path:
     return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator") / "anatomy"
 
 
-def key_of(values: Mapping[str, Any], stored: Mapping[str, TensorInfo] | None, head: HeadKind) -> str:
-    """Return the hash of all that an answer depends on: config, stored tensors, task, and the code that finds it."""
+def key_of(values: Mapping[str, Any], stored: Mapping[str, TensorInfo] | None, head: HeadKind, own_code: str = "") -> str:
+    """Return the hash of all that an answer depends on: config, stored tensors, task, the base's own code that may run (by its
+    hash), and the code that finds it."""
     config = {key: value for key, value in values.items() if key not in NOISE}
     tensors = None if stored is None else [tensor.model_dump(exclude_defaults=True) for tensor in stored.values()]
-    return content_hash([head, config, tensors, _code_hash(), [metadata.version(library) for library in LIBRARIES]])
+    return content_hash([head, config, tensors, own_code, _code_hash(), [metadata.version(library) for library in LIBRARIES]])
 
 
 @cache

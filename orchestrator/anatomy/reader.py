@@ -23,6 +23,12 @@ from orchestrator.values import content_hash
 TRAINABLE_DTYPES = ("F32", "BF16", "F16")
 
 
+ENCODER_FROZEN = (
+    "an encoder-decoder: the encoder reads the prompt and stays frozen, `layers` numbers the blocks of the decoder; FLOPs and "
+    "hours leave out the encoder, and memory is planned as if both sides read whole rows"
+)
+
+
 def resolve_base(model: str, spec_folder: Path) -> Path:
     """Return the folder of `base.model`: the sample, or a folder relative to the spec's."""
     if model == "sample":
@@ -50,7 +56,7 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
 
     Raises:
         BaseError: see `read_values`, `read_config`, `read_weights` and `learn`; weights that are needed and missing, quantized,
-            or not those of the config.
+            or not those of the config; an encoder-decoder for another task than completing prompts.
     """
     folder = Path(folder).resolve()
     values = read_values(folder)
@@ -68,8 +74,30 @@ def read_anatomy(folder: Path | str, *, need_weights: bool, task: Task = "comple
     anatomy = _read(folder, values, stored, task=task, need_weights=need_weights).model_copy(update={"notes": notes})
     if need_weights and anatomy.plan_only:
         raise plan_only_error(folder / "config.json", anatomy.model_type, anatomy.plan_only)
+    if anatomy.kind == "encoder_decoder":
+        _check_completes(anatomy, task)
+        notes = (*notes, ENCODER_FROZEN)
+        anatomy = anatomy.model_copy(update={"notes": notes})
     anatomy = settle(anatomy, stored or {}, head_is_new=TASKS[task].head.is_new)
     return anatomy.model_copy(update={"new_rows": _new_rows(folder)})
+
+
+def _check_completes(anatomy: ModelAnatomy, task: Task) -> None:
+    """Check that an encoder-decoder is to complete prompts.
+
+    Called with `input_ids` alone, BART makes the decoder's input of them: it sees the tokens that it is to predict. So what the
+    encoder reads must be known, which only a completion tells.
+
+    Raises:
+        BaseError: another task.
+    """
+    if not TASKS[task].two_texts:
+        raise BaseError(
+            f"task {task!r} on {anatomy.model_type!r}, an encoder-decoder, which is not trained for that yet",
+            where=str(Path(anatomy.folder) / "config.json"),
+            expected="`task: completion`: the encoder reads the prompt, and the decoder learns the completion",
+            remedy="set `task: completion`, or use a base without a separate encoder",
+        )
 
 
 def _new_rows(folder: Path) -> tuple[int, ...]:

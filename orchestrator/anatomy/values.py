@@ -234,6 +234,10 @@ class ModelAnatomy(Value):
     stored tensors."""
     architecture: str = ""
     """The transformers class that is loaded for the task; empty for a layout of the table, which the task's auto class finds."""
+    code_sha256: str = ""
+    """Hash of the base's own code, which has the class; empty if the class is transformers' own."""
+    code_files: tuple[str, ...] = ()
+    """Names of the files of this code."""
     ways: Ways = Ways()
     block_kinds: tuple[int, ...] = ()
     """For each block the number of its kind: blocks of one kind have equal names, shapes and costs. Empty if all are alike."""

@@ -11,20 +11,37 @@ import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.anatomy import ModelAnatomy, TensorInfo, read_anatomy
 from orchestrator.anatomy.reader import ADDED_TOKENS
-from orchestrator.anatomy.weights import header_file, read_header
-from orchestrator.errors import BaseError
-from orchestrator.store import read_json, write_json
+from orchestrator.anatomy.weights import AGAIN, header_file, read_header
+from orchestrator.bases.files import TOKENIZER_PATTERNS
+from orchestrator.errors import BaseError, UsageError
+from orchestrator.store import base_identity, output_to, read_json, write_json
+from orchestrator.store.files import partial_path, usual_mode
 from orchestrator.values import content_hash
 
 WEIGHT_SUFFIXES = (".safetensors", ".header", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+Step = Literal["plan", "data", "training"]
+REMEDY = "free space there, or grant write permission; ORCHESTRATOR_CACHE and --output name other folders"
 
 
-def with_added_tokens(source: Path, tokenizer_folder: Path, tokens: Sequence[str], target: Path) -> Path:
+def made_from(source: Path, tokens: Sequence[str]) -> str:
+    """Return a hash of what decides an enlarged base: the base's config and weights, or their headers, and the tokens."""
+    files = [path.name for path in source.iterdir() if path.suffix in (".safetensors", ".header")]
+    return content_hash({"base": base_identity(source, files), "tokens": list(tokens)})
+
+
+def is_made_from(target: Path, origin: str) -> bool:
+    """Return whether `target` is an enlarged base with this `made_from`."""
+    record = target / ADDED_TOKENS
+    return record.is_file() and read_json(record)["made_from"] == origin
+
+
+def with_added_tokens(
+    source: Path, tokenizer_folder: Path, tokens: Sequence[str], target: Path, *, step: Step = "training"
+) -> Path:
     """Return a folder with a base and these tokens; made where it is not there yet.
 
     A token that the tokenizer already has keeps its id and its row. A new one gets the next free id, and as its row the mean of
@@ -34,51 +51,81 @@ def with_added_tokens(source: Path, tokenizer_folder: Path, tokens: Sequence[str
         source: Folder of the base, with its weights or only with their headers, as then the result.
         tokenizer_folder: Has the tokenizer and the small files, where `source` has only headers.
         target: Folder to make; the same base and tokens give the same folder.
+        step: What the folder is for. All but training gets headers in place of weights; a plan gets no tokenizer, and imports no
+            torch to count its tokens.
 
     Raises:
         BaseError: The base has no tokenizer, or its weights cannot be read.
-        OSError: The disk is full or cannot be written.
+        UsageError: The disk is full or cannot be written.
     """
-    made_from = content_hash({"source": str(source.resolve()), "tokens": list(tokens)})
-    if (target / ADDED_TOKENS).is_file() and read_json(target / ADDED_TOKENS)["made_from"] == made_from:
+    origin = made_from(source, tokens)
+    if is_made_from(target, origin):
         return target
     anatomy = read_anatomy(source, need_weights=False)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    num_before, num_tokens, ids = _write_tokenizer(tokenizer_folder, tokens, partial)
-    _write_config(source, partial, num_tokens)
-    for file in anatomy.weight_files:
-        _write_weights(source / file, partial / file, _enlarged(anatomy), num_before, num_tokens)
-    _link_others(source, partial)
-    _link_others(tokenizer_folder, partial)
-    write_json(partial / ADDED_TOKENS, {"made_from": made_from, "tokens": list(tokens), "ids": list(ids)})
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    # Another process may be making the same folder.
+    partial = partial_path(target)
+    try:
+        with output_to(target, remedy=REMEDY):
+            partial.mkdir(parents=True)
+            num_before, num_tokens, ids = _write_tokenizer(tokenizer_folder, tokens, partial, step)
+            _write_config(source, partial, max(num_tokens, anatomy.tensors[anatomy.embeddings[0]].shape[0]))
+            write = _write_weights if step == "training" else _write_header
+            for file in anatomy.weight_files:
+                write(source / file, partial / file, _enlarged(anatomy), num_before, num_tokens)
+            _link_others(source, partial)
+            _link_others(tokenizer_folder, partial)
+            write_json(partial / ADDED_TOKENS, {"made_from": origin, "tokens": list(tokens), "ids": list(ids)})
+            _put_in_place(partial, target, origin)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> tuple[int, int, tuple[int, ...]]:
-    """Save the tokenizer with the tokens; return its size before and after, and the ids of the tokens."""
-    from transformers import AddedToken, AutoTokenizer
+def _put_in_place(partial: Path, target: Path, origin: str) -> None:
+    """Rename the finished folder to `target`, unless another process has just put the same one there."""
+    if is_made_from(target, origin):
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        partial.rename(target)
+    except OSError:
+        if not is_made_from(target, origin):
+            raise
+
+
+def _write_tokenizer(source: Path, tokens: Sequence[str], target: Path, step: Step) -> tuple[int, int, tuple[int, ...]]:
+    """Save the tokenizer with the tokens, except for a plan; return its size before and after, and the ids of the tokens."""
+    from transformers import AddedToken
+
+    if step == "plan" and (source / "tokenizer.json").is_file():
+        # AutoTokenizer imports torch.
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = Tokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "copy the tokenizer's files into the base's folder, or remove base.add_tokens"
         raise BaseError(f"no tokenizer to add tokens to: {first_line}", where=str(source), remedy=remedy) from None
     num_before, known = len(tokenizer), tokenizer.get_vocab()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
-    tokenizer.save_pretrained(target)
+    if step != "plan":
+        try:
+            tokenizer.save_pretrained(target)
+        except OSError:
+            raise
+        except Exception as error:  # as above
+            raise UsageError(f"cannot be written: {error}", where=str(target.parent), remedy=REMEDY) from None
     return num_before, len(tokenizer), tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
-def _write_config(source: Path, target: Path, num_tokens: int) -> None:
+def _write_config(source: Path, target: Path, num_rows: int) -> None:
     config: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     # In a model with a text part, that part has the vocabulary.
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    text["vocab_size"] = max(num_tokens, int(text.get("vocab_size", 0)))
+    text["vocab_size"] = max(num_rows, int(text.get("vocab_size", 0)))
     write_json(target / "config.json", config)
 
 
@@ -91,21 +138,38 @@ def _enlarged(anatomy: ModelAnatomy) -> set[str]:
 
 def _write_weights(source: Path, target: Path, enlarged: set[str], num_before: int, num_tokens: int) -> None:
     """Write one weight file with more rows where it has rows of tokens; link it where it has none."""
-    header = read_header(source)
-    grown = {name for name in enlarged & set(header) if header[name].shape[0] < num_tokens or num_before < num_tokens}
     if not source.is_file():
-        _write_header(target, header, grown, num_tokens)
-    elif not grown:
+        _write_header(source, target, enlarged, num_before, num_tokens)
+        return
+    grown = _grown(read_header(source), enlarged, num_before, num_tokens)
+    if not grown:
         _link(source, target)
-    else:
-        from safetensors.torch import load_file, save_file
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
 
+    try:
         tensors = load_file(source)
-        save_file(tensors | {name: _with_rows(tensors[name], num_before, num_tokens) for name in grown}, target, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise BaseError(f"the weights cannot be read: {error}", where=str(source), remedy=AGAIN) from None
+    tensors |= {name: _with_rows(tensors[name], num_before, num_tokens) for name in grown}
+    try:
+        save_file(tensors, target, {"format": "pt"})
+    except SafetensorError as error:
+        raise UsageError(f"cannot be written: {error}", where=str(target.parent), remedy=REMEDY) from None
+    # The library's files are for their owner alone.
+    target.chmod(usual_mode(target.parent))
 
 
-def _write_header(target: Path, header: dict[str, TensorInfo], grown: set[str], num_tokens: int) -> None:
-    """Write the header alone of a file that was not fetched, as it will be with more rows."""
+def _grown(header: dict[str, TensorInfo], enlarged: set[str], num_before: int, num_tokens: int) -> set[str]:
+    """Return the names of the tensors of one file that get or change rows."""
+    return {name for name in enlarged & set(header) if header[name].shape[0] < num_tokens or num_before < num_tokens}
+
+
+def _write_header(source: Path, target: Path, enlarged: set[str], num_before: int, num_tokens: int) -> None:
+    """Write the header alone of a weight file, as it will be with more rows."""
+    header = read_header(source)
+    grown = _grown(header, enlarged, num_before, num_tokens)
     entries: dict[str, Any] = {}
     end = 0
     for name, info in header.items():

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from orchestrator.anatomy.reader import ADDED_TOKENS
 from orchestrator.anatomy.weights import INDEX, PICKLES, SINGLE
 from orchestrator.hub import Commit
 from orchestrator.hub.errors import hub_error
@@ -30,7 +31,7 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code too, which is not run."""
+"""Patterns of the repository's root: config, tokenizer, chat template, licence, card; code, which a spec may let run."""
 SIDE_FOLDERS = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")
 """Patterns below it: named chat templates, and the pooling of sentence encoders."""
 OTHER_FORMATS = ("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json", "*.fp16.*", "trainer_state.json")
@@ -39,6 +40,11 @@ LARGEST_SIDE_FILE = 64 * MIB
 TOKENIZER_DATA = ("tokenizer.json", "vocab.json", "tekken.json")
 """JSON files that a plan does not read."""
 
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+FAST_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+SLOW_TOKENIZER = ("vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes")
+"""Files that a tokenizer is made from where there is no tokenizer.json."""
+
 
 def side_files(sizes: Mapping[str, int]) -> list[str]:
     """Return the small files that are fetched beside the weights, by the sizes of all files."""
@@ -46,8 +52,21 @@ def side_files(sizes: Mapping[str, int]) -> list[str]:
 
 
 def plan_files(sizes: Mapping[str, int]) -> list[str]:
-    """Return the files that a plan reads besides the headers of the weights."""
-    return [name for name in side_files(sizes) if name.endswith(".json") and name not in TOKENIZER_DATA]
+    """Return the files that a plan reads besides the headers of the weights: code too, which the spec may let run."""
+    return [name for name in side_files(sizes) if name.endswith((".json", ".py")) and name not in TOKENIZER_DATA]
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Return which of the side files decide what a run computes: without a licence or a card it goes on where it cannot ask."""
+    names = list(names)
+    patterns = ("config.json", INDEX, *FAST_TOKENIZER, *SIDE_FOLDERS)
+    return [name for name in names if _matches(name, patterns if "tokenizer.json" in names else (*patterns, *SLOW_TOKENIZER))]
+
+
+def loaded_files(folder: Path, others: Iterable[str]) -> list[str]:
+    """Return the files that a gang reads of a base's folder: config, tokenizer, and `others`: weights, and code that runs."""
+    patterns = ("config.json", INDEX, ADDED_TOKENS, *TOKENIZER_PATTERNS)
+    return [*sorted(path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)), *others]
 
 
 def _is_side_file(name: str) -> bool:

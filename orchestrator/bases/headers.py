@@ -20,7 +20,7 @@ from orchestrator.store.files import partial_path
 FIRST_BYTES = 1 << 14
 """Bytes of a file's first request. A shard of a large model has a header of about 3 KB; a whole small model, of some 40 KB."""
 CONNECTIONS = 8
-COMPLETE = ".complete"
+COMPLETE = ".complete-with-code"
 """File whose presence says that all others are there."""
 
 

@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from orchestrator.anatomy import ModelAnatomy, read_anatomy, resolve_base
-from orchestrator.anatomy.reader import ADDED_TOKENS
-from orchestrator.bases.added_tokens import with_added_tokens
-from orchestrator.bases.files import is_complete, side_files, weight_files
+from orchestrator.bases.added_tokens import is_made_from, made_from, with_added_tokens
+from orchestrator.bases.files import is_complete, needed_files, side_files, weight_files
 from orchestrator.bases.headers import headers_folder
+from orchestrator.bases.own_code import require_pin, use_pinned_code
 from orchestrator.errors import BaseError
 from orchestrator.hub import Commit, Repository, fetch_files, list_files, resolve_commit, snapshot_folder
 from orchestrator.hub.errors import not_cached
@@ -21,7 +21,6 @@ from orchestrator.spec.hub_ids import is_repository_id
 from orchestrator.spec.models import BaseSpec, Task
 from orchestrator.store.machine import cache_folder
 from orchestrator.units import format_bytes
-from orchestrator.values import content_hash
 from orchestrator.work.execution import BaseLoad
 
 Tell = Callable[[str], None]
@@ -92,8 +91,17 @@ class HubBase:
 
     def for_data(self) -> Path:
         """Return the snapshot's folder with the tokenizer and the other small files; fetches no weights."""
-        sizes = self._sizes()
-        return snapshot_folder(self.hub) if sizes is None else fetch_files(self.hub, side_files(sizes))
+        sizes, folder = self._sizes(), snapshot_folder(self.hub)
+        if sizes is None:
+            return folder
+        names = side_files(sizes)
+        try:
+            return fetch_files(self.hub, names)
+        except BaseError:
+            # A cache that transformers filled has no licence and no card.
+            if not all((folder / name).is_file() for name in needed_files(names)):
+                raise
+            return folder
 
     def for_training(self, tell: Tell) -> Path:
         """Return the snapshot's folder with everything that a run needs.
@@ -154,13 +162,21 @@ class EnlargedBase:
         return read_anatomy(self.for_plan(), need_weights=False, task=task)
 
     def for_plan(self) -> Path:
-        """Return a folder with config.json, the tokenizer and at least the headers of the weights, not in the run's folder."""
+        """Return a folder with config.json and at least the headers of the weights: the run's if it was made from this base
+        and these tokens."""
+        return self._made("plan")
+
+    def _made(self, step: Literal["plan", "data"]) -> Path:
         source = self.original.for_plan()
-        name = content_hash({"source": str(source), "tokens": list(self.tokens)})[:16]
-        return with_added_tokens(source, self.original.for_data(), self.tokens, cache_folder() / "enlarged" / name)
+        origin = made_from(source, self.tokens)
+        if is_made_from(self.folder, origin):
+            return self.folder
+        target = cache_folder() / "enlarged" / f"{origin[:16]}-{step}"
+        return with_added_tokens(source, self.original.for_data(), self.tokens, target, step=step)
 
     def for_data(self) -> Path:
-        return self.folder if (self.folder / ADDED_TOKENS).is_file() else self.for_plan()
+        """Return a folder with the tokenizer too."""
+        return self._made("data")
 
     def for_training(self, tell: Tell) -> Path:
         """Return the enlarged base's folder with everything that a run needs; made in the run's folder if it is not there."""
@@ -193,9 +209,14 @@ def _locate(base: BaseSpec, folder: Path, commit: str) -> FolderBase | HubBase:
         found = resolve_base(base.model, folder)
         if not found.exists():
             raise _no_folder(base.model, found)
+        use_pinned_code(base, found, pinned_by_commit=False)
         return FolderBase(found)
+    require_pin(base)
     otherwise = f"a folder; {_nearby(resolve_base(base.model, folder))}"
-    return HubBase(resolve_commit(Repository("model", base.model, commit or base.revision or "", otherwise)))
+    on_hub = HubBase(resolve_commit(Repository("model", base.model, commit or base.revision or "", otherwise)))
+    if base.trust_remote_code:
+        use_pinned_code(base, on_hub.for_data(), pinned_by_commit=True)
+    return on_hub
 
 
 def _is_hub_id(model: str, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from orchestrator.anatomy.values import ModelAnatomy
 from orchestrator.data.batching import documents_of_steps
 from orchestrator.data.encoding.control_tokens import ControlTokens
-from orchestrator.data.encoding.encoder import Document, Encoder, load_tokenizer, mark_supervised
+from orchestrator.data.encoding.encoder import Document, Encoder, has_encoder, load_tokenizer, mark_supervised
 from orchestrator.data.encoding.end_tokens import declared_ends, end_tokens, note_end_tokens
 from orchestrator.data.encoding.row_notices import RowNotices
 from orchestrator.data.reading.examples import Example
@@ -81,7 +81,6 @@ def prepare_data(
             train on, a token has no row in the base's embeddings.
         RunConflictError: the sets would differ, and `keep_sets`.
         BaseError: the base has no tokenizer, or no chat template where the task needs one.
-
     """
     spec = loaded.spec
     left_out = LeftOut(loaded.folder)
@@ -97,7 +96,8 @@ def prepare_data(
     parts = make_splits(loaded, found, left_out)
     tokenizer = load_tokenizer(tokenizer_folder)
     ends = declared_ends(tokenizer_folder, tokenizer)
-    documents = _encode_all(loaded, tokenizer, ends, parts | {"retain": found.get("retain", [])}, left_out)
+    apart, parts = has_encoder(tokenizer_folder), parts | {"retain": found.get("retain", [])}
+    documents = _encode_all(loaded, tokenizer, ends, parts, left_out, apart=apart)
     classes = _classes(documents, spec, left_out) if spec.traits.has_labels else ()
     left_out.warn_of_losses({name: _num_rows(kept) for name, kept in documents.items()})
     sets = {name: _to_set(docs, classes) for name, docs in documents.items()}
@@ -273,17 +273,24 @@ class _RejectedRows:
 
 
 def _encode_all(
-    loaded: LoadedSpec, tokenizer: Any, ends: tuple[int, ...], parts: dict[str, list[Example]], left_out: LeftOut
+    loaded: LoadedSpec,
+    tokenizer: Any,
+    ends: tuple[int, ...],
+    parts: dict[str, list[Example]],
+    left_out: LeftOut,
+    *,
+    apart: bool,
 ) -> dict[str, list[Document]]:
     """Encode the documents of each split.
 
     Args:
         ends: Ids at which the base stops as it is.
         parts: With `retain`, which may be empty.
+        apart: Whether prompts go through an encoder of their own.
     """
     spec, refused, noticed = loaded.spec, _RejectedRows(), RowNotices()
     caps = {"eval": spec.data.eval_rows, "test": spec.data.test_rows}
-    encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed)
+    encoder = Encoder(tokenizer, spec.task, spec.data, ends=ends, noticed=noticed, apart=apart)
     documents: dict[str, list[Document]] = {}
     for name in ("train", "eval", "test"):
         chosen = _capped(name, parts[name], caps.get(name), spec.train.seed, left_out)

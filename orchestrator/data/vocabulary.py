@@ -110,7 +110,10 @@ def _trains_rows(spec: JobSpec) -> bool:
 
 
 def _untrained(folder: Path, weight: TensorInfo, tokens: Sequence[int]) -> list[int]:
-    """Return the tokens whose row [H] in `weight` [V, H] differs from what trained rows look like."""
+    """Return the tokens whose row [H] in `weight` [V, H] differs from what trained rows look like; none where only its file's
+    header is known."""
+    if not (folder / weight.file).is_file():
+        return []
     from safetensors import safe_open
 
     with safe_open(folder / weight.file, framework="pt", device="cpu") as reader:

@@ -37,8 +37,8 @@ def _client() -> Any:
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
     disable_progress_bars()
-    for module in (file_download, _http):
-        logging.getLogger(module.__name__).addFilter(_WithoutQueries())
+    for name in (file_download.__name__, _http.__name__, "httpx", "httpx2"):
+        logging.getLogger(name).addFilter(_WithoutQueries())
     return huggingface_hub
 
 

@@ -10,6 +10,7 @@ from orchestrator.errors import BaseError, PlanError
 from orchestrator.plan import schedule
 from orchestrator.plan.cost import estimate as cost
 from orchestrator.plan.cost.duration import planned_duration
+from orchestrator.plan.encoder_decoder import check_encoder_decoder
 from orchestrator.plan.estimates import MemoryEstimate
 from orchestrator.plan.explain import rate_note, with_explanations
 from orchestrator.plan.fusing import concurrent_trials, may_share, most_fused
@@ -62,12 +63,13 @@ def make_plan(
 
     Raises:
         SpecError: the spec has no section for the job.
-        SelectionError: a policy matches nothing.
+        SelectionError: a policy matches nothing, or the spec asks what is not done with an encoder-decoder.
         BaseError: nf4 on a CPU cannot represent one of the base's matrices.
         PlanError: the job does not fit the cluster, or its single training run would exceed `max_gpu_hours`.
     """
     require_section(loaded, job)
     spec = loaded.spec
+    check_encoder_decoder(loaded, anatomy, job)
     choices = _choices(loaded, anatomy, data, job)
     check_resources(spec.resources)
     # The whole cluster comes first: it wins ties, and its error is the one that is reported.
@@ -258,6 +260,7 @@ def _base_load(spec: JobSpec, anatomy: ModelAnatomy, data: DataSize) -> BaseLoad
         num_classes=data.num_classes,
         class_names=data.class_names,
         revision=spec.base.revision,
+        code_sha256=anatomy.code_sha256,
         pooling=anatomy.pooling,
         padding=data.padding,
     )

@@ -44,6 +44,11 @@ def _threads(plan: RunPlan, found: Machines) -> Iterator[str]:
 
 def _base_warnings(spec: JobSpec, anatomy: ModelAnatomy) -> Iterator[str]:
     yield from anatomy.notes
+    if anatomy.code_sha256:
+        yield (
+            f"the base's own code is run on this machine and on every rank: {', '.join(anatomy.code_files)} (SHA-256 "
+            f"{anatomy.code_sha256})"
+        )
     if anatomy.costs_note:
         yield (
             f"memory and operations are a lower bound: those of the blocks of {anatomy.architecture} could not be counted, and "

@@ -36,9 +36,6 @@ class Outside:
     """Parameters outside the text model."""
 
 
-ENCODER_DECODER = "an encoder-decoder reads the prompt with other blocks than the answer, which training does not do yet"
-
-
 def find_classifier(structure: Structure) -> Classifier:
     """Return the parameters of a sequence classifier outside of the base model; all are new to a base checkpoint."""
     model: Any = structure.model
@@ -64,16 +61,16 @@ def find_outside(structure: Structure, head: tuple[str, ...], classifier: Classi
     backbone = f"{structure.tower or structure.backbone}."
     skipped = {*head, classifier.weight, classifier.bias, *classifier.new}
     embeddings, final, others = list[str](), list[str](), list[str]()
+    first = structure.first_name(structure.name_of(structure.embedding, "weight"))
     for name, _ in model.named_parameters():
         if name in skipped or name.startswith(f"{structure.blocks_module}."):
             continue
-        if not name.startswith(backbone):
+        if name != first and not name.startswith(backbone):
             others.append(name)
         elif last_norm and name.startswith(f"{place}{last_norm}."):
             final.append(name)
         elif not any(name.startswith(f"{place}{sibling}.") for sibling in after) and "pooler" not in name:
             embeddings.append(name)
-    first = structure.first_name(structure.name_of(structure.embedding, "weight"))
     return Outside(tuple(sorted(embeddings, key=lambda name: name != first)), tuple(final), tuple(others))
 
 
@@ -118,7 +115,6 @@ def assemble(built: Built, structure: Structure, names: NameMap | None, head: He
     return ModelAnatomy(
         model_type=str(config.model_type),
         kind=built.kind,
-        plan_only=ENCODER_DECODER if built.kind == "encoder_decoder" else "",
         folder="",
         has_weights=names is not None,
         hidden_size=facts.hidden_size(structure),

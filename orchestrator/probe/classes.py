@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from orchestrator.anatomy.learning import Refusal
+from orchestrator.bases.own_code import class_named, own_model
 from orchestrator.spec.tasks import HeadKind
 
 NUM_CLASSES = 3
@@ -54,13 +54,13 @@ class Built:
 
 
 def read_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config as transformers' own class of the model type reads it; code of the folder is never run.
+    """Return the config as transformers' own class of the model type reads it, or that of the base's own code if it may run.
 
     Raises:
         RefusedError: transformers does not have the type, or its class does not accept the values.
     """
     model_type, known = values.get("model_type"), tuple(sorted(vars(configuration_auto)["CONFIG_MAPPING_NAMES"]))
-    if model_type not in known:
+    if model_type not in known and not own_model(str(model_type)):
         raise RefusedError(Refusal(kind="unknown_type", what=f"model_type {model_type!r}", known_types=known))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -71,7 +71,7 @@ def read_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
 def kind_of(config: PreTrainedConfig) -> Kind:
     """Return what the class is: an encoder if it is made to fill in masked tokens and is no half of an encoder-decoder."""
     name = config.model_type
-    if name in SEQ2SEQ and getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         return "encoder_decoder"
     return "encoder" if name in MASKED and not getattr(config, "is_decoder", False) else "decoder"
 
@@ -83,6 +83,9 @@ def class_names(config: PreTrainedConfig, head: HeadKind) -> list[str]:
     text model may have a class with and one without what is around it.
     """
     name, kind = config.model_type, kind_of(config)
+    if own := own_model(name):
+        # Only decoders: what else such code may define, nothing here says.
+        return [] if head == "classification" or getattr(config, "is_encoder_decoder", False) else [own]
     if kind == "encoder" or head == "classification":
         found = [CLASSIFY.get(name)]
     elif kind == "encoder_decoder":
@@ -106,7 +109,7 @@ def candidates(config: PreTrainedConfig, head: HeadKind) -> list[Built]:
         raise RefusedError(
             Refusal(
                 kind="no_class",
-                what=f"transformers has no class for model_type {config.model_type!r} that {what}",
+                what=f"there is no class for model_type {config.model_type!r} that {what}",
                 remedy="use another base, or another task",
             )
         )
@@ -128,7 +131,7 @@ def build(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     Raises:
         RefusedError: it cannot be built with this config.
     """
-    built: Any = getattr(transformers, name)
+    built = class_named(name)
     if name in CLASSIFY.values():
         config.num_labels = NUM_CLASSES
     try:

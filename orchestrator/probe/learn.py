@@ -8,7 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.anatomy.learning import Answer, Question, Refusal
+from orchestrator.anatomy.own_code import code_files
 from orchestrator.anatomy.values import ModelAnatomy, TensorInfo
+from orchestrator.bases.own_code import own_model, use_own_code
 from orchestrator.errors import BaseError
 from orchestrator.probe.assemble import assemble
 from orchestrator.probe.classes import CAUSAL, MASKED, Built, RefusedError, build, candidates, read_config
@@ -40,6 +42,7 @@ def learn(question: Question) -> ModelAnatomy:
         BaseError: the stored tensors are not those of the class.
     """
     folder = Path(question.folder)
+    use_own_code(folder, question.code_sha256)
     values = json.loads((folder / "config.json").read_bytes())
     config = read_config(folder, values)
     stored = None if question.stored is None else {tensor.name: tensor for tensor in question.stored}
@@ -52,6 +55,9 @@ def learn(question: Question) -> ModelAnatomy:
     if names is not None:
         names.check(anatomy.model_type, question.folder, needed=needed(anatomy, names), head=anatomy.head_weight)
         check_blocks(anatomy, question.folder)
+    if own_model(built.config.model_type):
+        names_of_code = tuple(file.name for file in code_files(folder))
+        anatomy = anatomy.model_copy(update={"code_sha256": question.code_sha256, "code_files": names_of_code})
     return tried(built, structure).told(anatomy)
 
 

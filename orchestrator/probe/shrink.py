@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import transformers
 from transformers import PreTrainedConfig
 
+from orchestrator.bases.own_code import class_named
 from orchestrator.probe.classes import CAUSAL, NUM_CLASSES, Built, first_line
 from orchestrator.probe.facts import HEAD_DIMS, HEADS, first_int, hidden_size, setting
 from orchestrator.probe.structure import Structure, block_kinds, find_structure
@@ -101,7 +101,7 @@ def _attempts(structure: Structure) -> Iterator[Divisors]:
 
 def _instance(config: PreTrainedConfig, name: str) -> Any:
     """Build a class with weights, in float32."""
-    built: Any = getattr(transformers, name)
+    built = class_named(name)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in built._from_config(copy.deepcopy(config)).parameters())
     if count > MOST_PARAMETERS:

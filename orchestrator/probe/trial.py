@@ -75,7 +75,9 @@ def _try(built: Built, structure: Structure) -> Trial:
     anatomy = assemble(built, structure, None, head_names(built, structure))
     logits, task = AS_PROJECTED, CLASSIFY
     with _order_of(structure) as order:
-        if not built.classifies:
+        if built.kind == "encoder_decoder":  # its own logits are computed: nothing follows them
+            task = GENERATE
+        elif not built.classifies:
             logits, task = measured_logit_map(built.model, anatomy), GENERATE
         ways = try_ways(built.model, with_logits(anatomy, logits), task)
     unlike = not_linear(built.model, anatomy, task)

@@ -81,7 +81,7 @@ def bundle_and_judge(inputs: BundleInputs, bundle: str, metric: str, max_forgett
         prompts=scores.prompts,
         bundle=bundle,
         verification=figures,
-        serve_commands=serve_commands(final, inputs.base.task, inputs.base.pooling),
+        serve_commands=serve_commands(final, inputs.base.task, inputs.base.pooling, own_code=bool(inputs.base.code_sha256)),
         versions=versions(),
     )
     # Again, since merging and scoring took a while, in which files may have changed.

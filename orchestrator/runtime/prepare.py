@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from orchestrator.anatomy import ModelAnatomy, pooled_for, read_anatomy, with_pooling
 from orchestrator.bases import Base, locate_base, located, record_base
+from orchestrator.bases.files import loaded_files
+from orchestrator.bases.own_code import use_own_code
 from orchestrator.data import DataSummary, TokenizedSet, data_size, load_tokenizer, prepare_data
 from orchestrator.data.encoding.padding import choose_padding, odd_documents
 from orchestrator.data.reading.measure import check_first_rows
@@ -151,11 +153,10 @@ def prepare(
     _report(run, view, [("warning" if notice.level == "warning" else "data", notice.line) for notice in data.told])
     view.phase("plan", "connecting to Ray")
     machines = cluster()
-    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails. A gang reads
-    # the weights, and the JSON files of the model and its tokenizer.
-    files = [*sorted(path.name for path in folder.glob("*.json")), *anatomy.weight_files]
+    # Before planning, so that a node with another or no base is reported at once and not by a gang that fails.
+    files = loaded_files(folder, [*anatomy.code_files, *anatomy.weight_files])
     require_base_everywhere(folder, {name: file_identity(folder / name) for name in files}, base)
-    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data), machines, job, known)
+    plan = plan_of_data(loaded, anatomy, Tokenised(data, run.data, base.for_data()), machines, job, known)
     if isinstance(plan, SweepPlan):
         plan = with_choice(plan, standing_choice(spec.resources.compile, known.choice))
     plan = record_base(plan.model_copy(update={"base_sha256": base_sha256}), base)
@@ -243,6 +244,8 @@ class Tokenised(NamedTuple):
 
     summary: DataSummary
     folder: Path
+    tokenizer: Path
+    """Folder of the base with its tokenizer; the anatomy may come from one with headers alone."""
 
 
 def plan_of_data(
@@ -257,7 +260,7 @@ def plan_of_data(
     spec, sha256 = loaded.spec, spec_sha256(loaded.spec, job)
     before = known.plan.data if known.plan is not None and known.plan.data.tokens_per_step else None
     # Trials of a resumed run were trained with the padding of its first plan.
-    padding = known.plan.base.padding if known.plan is not None else padding_of(spec, anatomy, data.folder)
+    padding = known.plan.base.padding if known.plan is not None else padding_of(spec, anatomy, data)
     planned = StepSize(before.tokens_per_step, before.step_ranks) if before is not None else None
 
     def sized(step: StepSize | None) -> DataSize:
@@ -273,22 +276,18 @@ def _pooled(anatomy: ModelAnatomy, spec: JobSpec, known: RunPlan | None) -> Mode
     return with_pooling(anatomy, known.base.pooling) if known is not None else pooled_for(anatomy, spec)
 
 
-def padding_of(spec: JobSpec, anatomy: ModelAnatomy, folder: Path) -> Padding | None:
+def padding_of(spec: JobSpec, anatomy: ModelAnatomy, data: Tokenised) -> Padding | None:
     """Choose the padding token of a classifier, and prove that transformers then reads the class where training does.
-
-    Args:
-        folder: Where `prepare_data` wrote the sets.
 
     Raises:
         BaseError: no token can pad these texts, or transformers would read another position.
     """
     if not spec.traits.head.is_new:
         return None
-    sets = [TokenizedSet.load(folder / f"{name}.npz") for name in ("train", "eval", "test")]
-    base = Path(anatomy.folder)
-    padding = choose_padding(base, spec.data, sets, fixed=anatomy.kind == "encoder", rows=anatomy.vocab_size)
+    sets = [TokenizedSet.load(data.folder / f"{name}.npz") for name in ("train", "eval", "test")]
+    padding = choose_padding(data.tokenizer, spec.data, sets, fixed=anatomy.kind == "encoder", rows=anatomy.vocab_size)
     if anatomy.kind == "decoder" and anatomy.pooling.by_class:
-        odd = odd_documents(load_tokenizer(base), escape=spec.data.special_tokens_in_text == "escape")
+        odd = odd_documents(load_tokenizer(data.tokenizer), escape=spec.data.special_tokens_in_text == "escape")
         longest = [each.document(int(each.lengths.argmax()))[0].tolist() for each in sets]
         check_pooled_position(anatomy, padding, [*odd, *longest])
     return padding
@@ -341,6 +340,7 @@ def reopen(run_folder: Path) -> Prepared:
         plan = read_record(run.plan, RunPlan)
         spec = _recorded_spec(run)
         base = located(plan.base)
+        use_own_code(Path(plan.base.folder), plan.base.code_sha256)
         anatomy = read_anatomy(base.for_training(_silent), need_weights=True, task=plan.base.task)
         anatomy = with_pooling(anatomy, plan.base.pooling)
         run.claim_base(base_identity(Path(anatomy.folder), anatomy.weight_files), _hub_record(spec, base))
@@ -395,7 +395,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
     base = base_of(loaded, output)
     anatomy = read_anatomy(base.for_plan(), need_weights=True, task=loaded.spec.task)
     # A commit of the hub is the same by its name, and its weights need not be here.
-    if known and base.hub is None:
+    if known and base.commit is None:
         require_same_base(run_folder, base_identity(Path(anatomy.folder), anatomy.weight_files))
     run = RunFolder(run_folder)
     planned = _read(run.plan, RunPlan) if known else None
@@ -406,7 +406,7 @@ def rehearse(loaded: LoadedSpec, job: Job, *, output: Path | None = None, cluste
         if before is not None and _hashes(before) != _hashes(data):
             what = "the data has changed since this run began"
             raise RunConflictError(what, where=str(run_folder), remedy="put it back, or choose another `name`")
-        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder)), cluster(), job, KnownRun(planned))
+        plan = plan_of_data(loaded, anatomy, Tokenised(data, Path(folder), base.for_data()), cluster(), job, KnownRun(planned))
     return Rehearsal(record_base(plan, base), data, run_folder, _would(run_folder, known))
 
 

@@ -21,22 +21,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from orchestrator.anatomy.encoded import KEYS as QUANTIZATION_KEYS
 from orchestrator.anatomy.values import Pooling
 from orchestrator.anatomy.weights import INDEX
+from orchestrator.bases.own_code import is_native, use_own_code
 from orchestrator.data import TokenizedSet, load_tokenizer, padding
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge import make_merge_plan
 from orchestrator.plan.merge_operations import LinkShard, MergedInto, MergePlan
 from orchestrator.serve.bundle_inputs import BundleInputs, base_label
-from orchestrator.serve.card import NEEDS_SERVING, model_card
+from orchestrator.serve.card import NEEDS_SERVING, TRUST, model_card
 from orchestrator.serve.classifier import LOADER, escapes_control_tokens, write_loader, write_tokenizer
+from orchestrator.serve.loading import SEQ2SEQ
 from orchestrator.serve.merging import MergeRecord, merge
 from orchestrator.serve.shards import link_or_copy
-from orchestrator.serve.side_files import GENERATION, LeftOut, copy_side_files
+from orchestrator.serve.side_files import GENERATION, LeftOut, copy_code, copy_side_files
 from orchestrator.serve.verification import TrainedModel, require_passed
 from orchestrator.spec.models import Task
 from orchestrator.spec.tasks import TASKS
@@ -123,6 +124,7 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
         held_dtype=inputs.held_dtype,
         extra_tensors=inputs.extra_tensors,
     )
+    use_own_code(Path(inputs.base.folder), inputs.base.code_sha256)
     folder = final.with_name(f"{final.name}.partial")
     # Left by an attempt that was killed, or whose verification failed.
     if folder.exists():
@@ -134,6 +136,8 @@ def stage_bundle(inputs: BundleInputs, final: Path) -> StagedBundle:
     generates = inputs.base.traits.head.supervises == "tokens"
     replaced = {"config.json", INDEX, *(tensor.file for tensor in inputs.anatomy.tensors.values())}
     left_out = copy_side_files(base, folder, generates=generates, replaced=replaced)
+    if inputs.base.code_sha256:
+        left_out = copy_code(base, folder, left_out)
     if generates:
         _write_generation_config(base, folder, TokenizedSet.load(inputs.eval_set).stop_ids)
     if inputs.base.padding is not None:
@@ -149,8 +153,9 @@ def bundle_config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     # The weights are written in 16 bit, also if the base's were quantized.
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if not TASKS[plan.task].head.is_new:
-        config["architectures"] = served_classes(config, TASKS[plan.task].head.auto_model)
-    if config["model_type"] in CONFIG_MAPPING:
+        auto_model = SEQ2SEQ if config.get("is_encoder_decoder") else TASKS[plan.task].head.auto_model
+        config["architectures"] = served_classes(config, auto_model)
+    if is_native(config["model_type"]):
         # Training loaded transformers' own class: code that the base brings besides is not what was trained.
         config.pop("auto_map", None)
     if plan.unties_head:
@@ -229,14 +234,17 @@ def commit_bundle(staged: StagedBundle, inputs: BundleInputs, transfer: Transfer
     return staged.final
 
 
-def serve_commands(bundle: Path | str, task: Task, pooling: Pooling = CLASS_POOLING) -> tuple[str, ...]:
+def serve_commands(
+    bundle: Path | str, task: Task, pooling: Pooling = CLASS_POOLING, *, own_code: bool = False
+) -> tuple[str, ...]:
     """Return the commands that serve the bundle; `transformers serve` generates text only, and no server knows a head file."""
     runner = TASKS[task].head.runner
     if runner and not pooling.by_class:
         return (f"python {bundle}/{LOADER} 'A text to classify.'",)
     if runner:
         return (f"vllm serve {bundle} --runner {runner}",)
-    return f"transformers serve {bundle}    {NEEDS_SERVING}", f"vllm serve {bundle}"
+    trust = TRUST if own_code else ""
+    return f"transformers serve {bundle}{trust}    {NEEDS_SERVING}", f"vllm serve {bundle}{trust}"
 
 
 def base_weights_sha256(anatomy_files: Iterable[str], folder: Path, known: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from orchestrator.anatomy import read_anatomy, with_pooling
 from orchestrator.bases import located
+from orchestrator.bases.own_code import require_consent, use_own_code
 from orchestrator.errors import BaseError, IntegrityError, UsageError, VerificationError
 from orchestrator.serve.bundle import BaseRecord, BundleRecord, base_weights_sha256
 from orchestrator.serve.verification import TrainedModel, require_passed, verify
@@ -27,13 +28,15 @@ def verify_bundle(
         held_out: The tokenised documents to compare on, likewise.
 
     Raises:
-        UsageError: not a bundle, or base or documents are not there.
+        UsageError: not a bundle, or base or documents are not there; or a bundle with code that the user does not let run.
         VerificationError: a file changed, the base is another, or the distributions differ.
     """
     record = read_record(bundle)
     folder = _there(bundle, record.base.path, base or hub_copy(record.base), "the base", where_to_get(record.base, "--base"))
     documents = _there(bundle, record.held_out, held_out, "the held-out documents", "give the path with --held-out")
+    require_consent(bundle, record.base.load.code_sha256)
     try:
+        use_own_code(folder, record.base.load.code_sha256)
         anatomy = read_anatomy(folder, need_weights=True, task=record.base.load.task)
         anatomy = with_pooling(anatomy, record.base.load.pooling)
     except BaseError as error:

@@ -33,6 +33,8 @@ MERGED_INTO = {
 HELD_AS = {"nf4": "nf4, double quantization", "int8": "int8, a scale per row"}
 NEEDS_SERVING = "# pip install 'transformers[serving]'"
 """Comment after `transformers serve`, which needs more than the plain package."""
+TRUST = " --trust-remote-code"
+"""Option of servers for a bundle that has its base's own code."""
 CELL = 240
 """Characters of a prompt or an answer that a card shows."""
 
@@ -66,6 +68,7 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
     method = trial.adapter.sentence(trial.lora_rank) if trial.tune == "lora" else "full fine-tuning"
     rows = [
         ("base", f"{base_label(inputs.base_name)}, revision {inputs.base.revision or 'not given'}"),
+        *([("the base's own code", _own_code(inputs))] if inputs.base.code_sha256 else []),
         ("base held as", HELD_AS.get(inputs.base.quantize, inputs.held_dtype)),
         ("trained layers", f"`{trial.layers}`{which}: {format_count(selection.num_trainable_parameters)} parameters"),
         ("method", method),
@@ -76,6 +79,11 @@ def _how_it_was_made(inputs: BundleInputs, versions: Mapping[str, str]) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return "## How it was made\n\n" + _table(("what", "value"), rows)
+
+
+def _own_code(inputs: BundleInputs) -> str:
+    files = ", ".join(f"`{name}`" for name in inputs.anatomy.code_files)
+    return f"{files}, here as in the base: SHA-256 {inputs.base.code_sha256}. Loading this model runs it: read it first"
 
 
 def _steps(inputs: BundleInputs) -> str:
@@ -184,7 +192,8 @@ def _serving(inputs: BundleInputs, transfer: TransferReport) -> str:
         commands = [f"vllm serve . --runner {head.runner}"]
         said = ["The class names are in config.json."]
     else:
-        commands = [f"transformers serve .    {NEEDS_SERVING}", "vllm serve ."]
+        trust = TRUST if inputs.base.code_sha256 else ""
+        commands = [f"transformers serve .{trust}    {NEEDS_SERVING}", f"vllm serve .{trust}"]
         said = [line for line in (prompt_rule(inputs), gguf_rule(inputs)) if line]
     if inputs.trial.tune == "lora":
         title = ADAPTER_KINDS[inputs.trial.adapter.kind].title

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from orchestrator.anatomy.values import Pooling
+from orchestrator.bases.own_code import use_own_code
 from orchestrator.data import load_tokenizer
 from orchestrator.errors import VerificationError
 from orchestrator.plan.merge_operations import HEAD_FILE
@@ -115,6 +116,7 @@ def load_served(folder: Path, base: BaseLoad, **options: Any) -> Any:
     """
     if not base.pooling.by_class:
         return load_classifier(folder, local_files_only=True, **options)
+    use_own_code(folder, base.code_sha256)
     kind = getattr(transformers, serving_class(folder, base.traits.head.auto_model))
     return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 

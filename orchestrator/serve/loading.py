@@ -15,10 +15,13 @@ WRAPPERS = {
 }
 """Auto classes of models with a text model inside, and the tables from which they choose."""
 CAUSAL = "AutoModelForCausalLM"
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 
 def serving_class(folder: Path, auto_model: str) -> str:
     """Return the name of the transformers class that loads a model folder as what it was saved from.
+
+    An encoder-decoder that generates text has an auto class of its own.
 
     Some types have two classes that generate text: the text model alone, which `AutoModelForCausalLM` loads, and the text model
     with towers around it. The folder's config names the class.
@@ -27,6 +30,8 @@ def serving_class(folder: Path, auto_model: str) -> str:
         auto_model: The task's auto class, which is returned unless the config names a class with towers that it does not load.
     """
     values = cast("dict[str, object]", json.loads((folder / "config.json").read_bytes()))
+    if auto_model == CAUSAL and values.get("is_encoder_decoder"):
+        return SEQ2SEQ
     named, model_type = values.get("architectures"), values.get("model_type")
     if auto_model != CAUSAL or not isinstance(named, list) or not named:
         return auto_model

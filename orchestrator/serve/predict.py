@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from orchestrator.bases.own_code import require_consent
 from orchestrator.data import load_tokenizer
+from orchestrator.data.encoding.encoder import ended
 from orchestrator.errors import BaseError, DataError, IntegrityError, UsageError
 from orchestrator.serve.bundle import SPEC, BundleRecord
 from orchestrator.serve.bundle_check import hub_copy, read_record, where_to_get
@@ -78,6 +80,11 @@ class Predictor:
         return TASKS[self.task].head.supervises == "documents"
 
     @property
+    def encodes(self) -> bool:
+        """True for an encoder-decoder: the question is the encoder's input, and no part of the output."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
     def chats(self) -> bool:
         """True if a question is a conversation."""
         return TASKS[self.task].uses_chat_template
@@ -93,12 +100,20 @@ class Predictor:
         rows = [self.question_ids(question) for question in questions]
         room = max(0, self.longest - max(map(len, rows)))
         width = max(map(len, rows))
-        pad = self._pad_id()
-        # Padded on the left: generation continues from the last position of every row.
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        output = self._generate(ids, mask, min(max_new_tokens, room))
-        return [self._answered(row[width:].tolist()) for row in output]
+        output = self._generate(*self._padded(rows, width), min(max_new_tokens, room))
+        return [self._answered(row[1 if self.encodes else width :].tolist()) for row in output]
+
+    def _padded(self, rows: Sequence[list[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (ids, mask) of rows, padded on the left: generation continues from the last position of every row. Those of an
+        encoder-decoder are padded on the right, as in training."""
+        missing = [width - len(row) for row in rows]
+        if self.encodes:
+            ids = [row + [self._pad_id()] * gap for row, gap in zip(rows, missing, strict=True)]
+            mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, missing, strict=True)]
+        else:
+            ids = [[self._pad_id()] * gap + row for row, gap in zip(rows, missing, strict=True)]
+            mask = [[0] * gap + [1] * len(row) for row, gap in zip(rows, missing, strict=True)]
+        return torch.tensor(ids), torch.tensor(mask)
 
     def stream(self, question: Question, write: Callable[[str], None], max_new_tokens: int) -> Answer:
         """Answer one question and pass its text to `write` piece by piece.
@@ -112,7 +127,7 @@ class Predictor:
         ids = torch.tensor([row])
         streamer = _Pieces(self.tokenizer, write)
         output = self._generate(ids, torch.ones_like(ids), min(max_new_tokens, self.longest - len(row)), streamer)
-        return self._answered(output[0][len(row) :].tolist())
+        return self._answered(output[0][1 if self.encodes else len(row) :].tolist())
 
     def question_ids(self, question: Question) -> list[int]:
         """Return the question's tokens as training had them before an answer.
@@ -122,7 +137,8 @@ class Predictor:
         """
         if isinstance(question.content, str):
             between = self.separator if question.separator is None else question.separator
-            ids = [*self._begin_ids(), *self._plain_ids(f"{question.content}{between}")]
+            text = f"{question.content}{between}"
+            ids = self._encoder_ids(text) if self.encodes else [*self._begin_ids(), *self._plain_ids(text)]
         else:
             ids = self._chat_ids(question)
         if not ids:
@@ -146,6 +162,11 @@ class Predictor:
 
     def _plain_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _encoder_ids(self, text: str) -> list[int]:
+        """Return an encoder-decoder's prompt with the special tokens of a text, and an end token."""
+        eos = self.tokenizer.eos_token_id
+        return ended(self.tokenizer(text)["input_ids"], [eos] if eos is not None else [])
 
     def _begin_ids(self) -> list[int]:
         """Return the begin token, if the tokenizer adds one."""
@@ -224,12 +245,14 @@ def open_predictor(bundle: Path, *, untouched: bool = False, base: Path | None =
         base: The base's folder, where it is no longer where the manifest says.
 
     Raises:
-        UsageError: not a bundle; or the base of a classifier, which knows no classes; or no base where it should be.
+        UsageError: not a bundle; or one with code that the user does not let run; or the base of a classifier, which knows no
+            classes; or no base where it should be.
         VerificationError: a file of the bundle is not what its manifest says.
         BaseError: transformers cannot load it.
     """
     record = read_record(bundle)
     task = record.base.load.task
+    require_consent(bundle, record.base.load.code_sha256)
     folder = bundle
     if untouched:
         if record.base.load.traits.head.is_new:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from orchestrator.anatomy.own_code import code_files
 from orchestrator.units import MIB, format_bytes
 from orchestrator.values import Value
 
@@ -89,6 +91,15 @@ def copy_side_files(base: Path, folder: Path, *, generates: bool, replaced: Iter
     found = _Sorting(base, generates, absent, has_code)
     left_out = ((path, reason or _copy(base / path, folder / path)) for path, reason in found.entries())
     return tuple(LeftOut(path=path, reason=reason) for path, reason in left_out if reason)
+
+
+def copy_code(base: Path, folder: Path, left_out: tuple[LeftOut, ...]) -> tuple[LeftOut, ...]:
+    """Copy what is missing of the base's own code, so that the bundle's has the hash that was pinned; return what is still left
+    out."""
+    missing = [file for file in code_files(base) if not (folder / file.name).exists()]
+    for file in missing:
+        shutil.copyfile(file, folder / file.name)
+    return tuple(each for each in left_out if each.path not in {file.name for file in missing})
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
 """
+LOAD_BOTH = LOAD.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 ANSWER = f"""output = model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+ANSWER_OF_BOTH = ANSWER.replace('output[0, inputs["input_ids"].shape[1] :]', "output[0]")
 GGUF_FAMILIES = ("llama", "mistral", "qwen", "gemma")
 """Beginnings of the model types for which a card names llama.cpp's converter."""
 WITHOUT_HEAD = ("gemma", "gemma2")
@@ -48,6 +50,7 @@ def prompt_rule(inputs: BundleInputs) -> str:
 def snippet(inputs: BundleInputs, transfer: TransferReport) -> str:
     """Return Python that loads the bundle from the current folder and prints one answer, by the bundle's task."""
     traits = inputs.base.traits
+    load = LOAD.replace('"."', '".", trust_remote_code=True') if inputs.base.code_sha256 else LOAD
     shown = next((pair.prompt for pair in transfer.prompts if 0 < len(pair.prompt) <= MAX_PROMPT_CHARACTERS), "")
     if traits.head.supervises == "documents":
         text = shown or "A text to classify."
@@ -63,14 +66,15 @@ classifier = pipeline({traits.head.pipeline_tag!r}, model=".")
 print(classifier({text!r}))
 """
     if traits.uses_chat_template:
-        return f"""{LOAD}
+        return f"""{load}
 messages = [{{"role": "user", "content": "A question."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 {ANSWER}"""
     prompt = f"{(shown or 'A prompt.')!r}"
     if traits.uses_separator:  # as in training, the separator is inserted between prompt and answer
         prompt = f"{prompt} + {inputs.separator!r}"
-    return f"""{LOAD}
+    encodes = inputs.anatomy.kind == "encoder_decoder"
+    return f"""{LOAD_BOTH if encodes else load}
 prompt = {prompt}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-{ANSWER}"""
+{ANSWER_OF_BOTH if encodes else ANSWER}"""

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.bases.own_code import require_code
 from orchestrator.data import load_tokenizer
 from orchestrator.data.encoding.padding import odd_documents
 from orchestrator.data.sets import load_known
@@ -40,6 +41,7 @@ from orchestrator.serve.loading import serving_class
 from orchestrator.train.adapters.artifacts import attach_artifact
 from orchestrator.train.adapters.branch import head_name
 from orchestrator.train.model.base import LoadedBase, dequantized, load_base
+from orchestrator.train.model.encoder_decoder import decoder_start
 from orchestrator.train.model.objective import objective_of
 from orchestrator.transfer.records import ClassifiedDocuments, VerificationFigures
 from orchestrator.units import MIB
@@ -168,19 +170,22 @@ def _write_probe(
 ) -> tuple[float, int, int]:
     """Write the trained model's distributions; return (mean KL to the base over held-out documents, positions, held-out
     documents). A classifier's documents are the held-out ones and then the odd texts."""
+    require_code(bundle, trained.base.code_sha256)
     base = load_base(trained.base, trained.anatomy, dtype=getattr(torch, trained.held_dtype), device=device)
     head = trained.base.traits.head
     by_document = head.supervises == "documents"
     width = trained.base.num_classes if by_document else trained.anatomy.vocab_size
-    ids, offsets = _held_out(trained, max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width)))
+    budget = max_tokens if by_document else min(max_tokens, PROBE_BYTES // (4 * width))
+    ids, offsets = _held_out(trained, budget)
+    prompts = _prompts(trained, offsets) if trained.anatomy.kind == "encoder_decoder" else None
     num_held_out = len(offsets) - 1
     if by_document and trained.base.padding is not None:
         ids, offsets = _with_odd_documents(ids, offsets, trained)
     documents = verification_process.documents_of(ids, offsets)
     with torch.no_grad():
-        untouched = _distributions(base, documents, by_document, dtype)
+        untouched = _distributions(base, documents, by_document, dtype, prompts)
         with attach_artifact(base, Path(trained.artifact)):
-            found = _distributions(base, documents, by_document, dtype)
+            found = _distributions(base, documents, by_document, dtype, prompts)
     pairs = list(zip(found, untouched, strict=True))[:num_held_out]
     kl_base = math.fsum(verification_process.divergence(new, old) for new, old in pairs) / sum(len(new) for new, _ in pairs)
     log_probs = torch.cat(found)
@@ -188,9 +193,13 @@ def _write_probe(
         "auto_model": serving_class(bundle, head.auto_model),
         "supervises": head.supervises,
         "pads": str(int(trained.anatomy.ways.pads)),
+        "own_code": "1" if trained.base.code_sha256 else "",
         "loader": "" if trained.base.pooling.by_class else LOADER,
     }
-    save_file({"ids": ids, "offsets": offsets, "log_probs": log_probs}, probe, about)
+    tensors = {"ids": ids, "offsets": offsets, "log_probs": log_probs}
+    if prompts is not None:
+        tensors["prompts"], about["decoder_start"] = torch.tensor(prompts), str(decoder_start(base.model))
+    save_file(tensors, probe, about)
     return kl_base, len(log_probs), num_held_out
 
 
@@ -202,13 +211,25 @@ def _with_odd_documents(ids: torch.Tensor, offsets: torch.Tensor, trained: Train
     return torch.cat([ids, *rows]), torch.cat([offsets, ends])
 
 
-def _distributions(base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str) -> list[torch.Tensor]:
+def _prompts(trained: TrainedModel, offsets: torch.Tensor) -> list[int]:
+    """Return how many tokens of each document are its prompt; of one that was cut within its prompt, all but one."""
+    supervised = load_known(trained.documents).supervised
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return [min(int(np.argmax(np.append(supervised[begin:end], True))), end - begin - 1) for begin, end in bounds]
+
+
+def _distributions(
+    base: LoadedBase, documents: list[torch.Tensor], by_document: bool, dtype: str, prompts: list[int] | None
+) -> list[torch.Tensor]:
     """Return the trained model's distributions; a class's as training computes them, by the objective."""
     model: Any = base.model
     if dtype == "float32":
         compute_in_float32(model)
     model.eval()
     try:
+        if prompts is not None:
+            start = decoder_start(model)
+            return list(verification_process.completion_distributions(model, documents, prompts, start))
         if not by_document:
             pads = base.anatomy.ways.pads
             return list(verification_process.distributions(model, documents, by_document=False, pads=pads))
@@ -274,7 +295,12 @@ def _check_in_fresh_process(probe: Path, bundle: Path, device: str, dtype: str) 
     # -I ignores PYTHONPATH and the current folder: the process sees installed packages only, as any user's does.
     command = [sys.executable, "-I", verification_process.__file__, str(probe), str(bundle.resolve()), str(answer)]
     command += ["--device", device, "--dtype", dtype, "--free-bytes", str(free_bytes(device))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(probe.parent / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         command, cwd=probe.parent, env=environment, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S
     )

@@ -5,7 +5,8 @@ Run as a script by a fresh interpreter that does not know this package (docs/des
     python -I verification_process.py PROBE.safetensors BUNDLE ANSWER.json --device cpu --dtype float32
 
 Nothing of this package may be imported here. The probe holds `ids` int64[N], `offsets` int64[D + 1] of D documents, and
-`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes).
+`log_probs` float32[P, V] of the trained model: P positions (for classification: documents), V tokens (classes). For an
+encoder-decoder it also holds `prompts` int64[D]: how many tokens of each document are the encoder's.
 """
 
 from __future__ import annotations
@@ -62,6 +63,25 @@ def distributions(
             yield torch.log_softmax(logits[row, : len(document)].float(), dim=-1).cpu()
 
 
+@torch.no_grad()
+def completion_distributions(
+    model: Any, documents: Sequence[torch.Tensor], prompts: Sequence[int], start: int
+) -> Iterator[torch.Tensor]:
+    """Yield an encoder-decoder's log-probabilities of each document, float32[T, V] at the T tokens after its prompt.
+
+    Args:
+        model: A whole transformers model, in eval mode.
+        documents: int64[L] each.
+        prompts: Tokens of each that are the encoder's.
+        start: The id that the decoder begins with.
+    """
+    for ids, size in zip(documents, prompts, strict=True):
+        shifted = torch.cat([torch.tensor([start]), ids[size:-1]])
+        inputs = {"input_ids": ids[None, :size].to(model.device), "decoder_input_ids": shifted[None].to(model.device)}
+        logits = model(**inputs, use_cache=False).logits[0]
+        yield torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Return the sum over positions of KL(reference || other), nats; both log-probabilities [positions, V]."""
     # 0 * -inf is NaN; the limit of p log p at 0 is 0.
@@ -96,7 +116,7 @@ def _batches(documents: Sequence[torch.Tensor], tokens: int) -> Iterator[list[to
 
 
 def _load(
-    bundle: Path, *, auto_model: str, loader: str, device: str, dtype: str, free_bytes: int, offload: str
+    bundle: Path, *, auto_model: str, loader: str, own_code: bool, device: str, dtype: str, free_bytes: int, offload: str
 ) -> tuple[Any, dict[str, Any]]:
     """Load the bundle by plain transformers, or by its own loader, offloading to disk what does not fit."""
     stored = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
@@ -107,7 +127,7 @@ def _load(
     else:
         limits = {"cpu": int(RESIDENT_SHARE * free_bytes)}
         place = {"device_map": "auto", "offload_folder": offload, "max_memory": limits}
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": own_code}
     if not loader:
         return getattr(transformers, auto_model).from_pretrained(bundle, output_loading_info=True, **options, **place)
     # The loader does not tell what was missing: without memory, transformers does.
@@ -133,6 +153,7 @@ def main() -> None:
             options.bundle,
             auto_model=head["auto_model"],
             loader=head.get("loader", ""),
+            own_code=bool(head.get("own_code")),
             device=options.device,
             dtype=options.dtype,
             free_bytes=options.free_bytes,
@@ -142,7 +163,11 @@ def main() -> None:
         documents = documents_of(probe.get_tensor("ids"), probe.get_tensor("offsets"))
         by_document = head["supervises"] == "documents"
         trained, kls, gaps, start = probe.get_slice("log_probs"), list[float](), list[float](), 0
-        for found in distributions(model, documents, by_document=by_document, pads=head["pads"] == "1"):
+        if "prompts" in probe.keys():  # noqa: SIM118 (no mapping)
+            every = completion_distributions(model, documents, probe.get_tensor("prompts").tolist(), int(head["decoder_start"]))
+        else:
+            every = distributions(model, documents, by_document=by_document, pads=head["pads"] == "1")
+        for found in every:
             reference = trained[start : start + len(found)]
             kls.append(divergence(reference, found))
             gaps += answer_gaps(reference, found) if by_document else []

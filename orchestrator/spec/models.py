@@ -48,7 +48,10 @@ class BaseSpec(Section):
     quantize: Quantize = "none"
     """How the frozen weights are held in memory."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
+    """Whether code that comes with the model may run, if transformers does not have its type and the code is pinned: by a full
+    commit as `revision`, or by `code_sha256`."""
+    code_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Hash of the model's own code that may run; the error that asks for it has it."""
     add_tokens: tuple[str, ...] = ()
     """New tokens: the base gets a row for each that it lacks, the mean of its other rows; `+new_tokens` trains these rows."""
     merge_into: Literal["auto", "original"] = "auto"

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 from orchestrator.spec.loader import LoadedSpec, resolved_yaml
-from orchestrator.spec.models import ADAPTER_KEYS, ClassifySpec, DataSpec, FinetuneSpec, JobSpec, SearchPoint, SearchSpec, Tune
+from orchestrator.spec.models import (
+    ADAPTER_KEYS,
+    BaseSpec,
+    ClassifySpec,
+    DataSpec,
+    FinetuneSpec,
+    JobSpec,
+    SearchPoint,
+    SearchSpec,
+    Tune,
+)
 from orchestrator.values import content_hash
 
 Job = Literal["sweep", "finetune"]
@@ -37,10 +47,10 @@ def spec_sha256(spec: JobSpec, job: Job) -> str:
         del values["data"]["dedupe"]  # if the default now gives other sets, `prepare_data` reports it
     for source in values["data"]["train"] if isinstance(values["data"]["train"], list) else ():
         source["weight"] = 1.0 if source["weight"] is None else source["weight"]
-    if not values["base"]["add_tokens"]:
-        del values["base"]["add_tokens"]
-    if values["base"]["extra_tensors"] == "keep":
-        del values["base"]["extra_tensors"]
+    base = BaseSpec(model="").model_dump(mode="json")
+    for key in ("add_tokens", "code_sha256", "extra_tensors"):
+        if values["base"][key] == base[key]:
+            del values["base"][key]
     usual = DataSpec(train="").model_dump(mode="json")
     for key in (
         "format",

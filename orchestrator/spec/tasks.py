@@ -143,6 +143,8 @@ class TaskTraits:
     has_answers: bool = False
     """A row has a prompt and an answer, which the model can generate: answers end with a learned end token, are compared with the
     expected ones, and can be shown in a prompt (`k_shot`)."""
+    two_texts: bool = False
+    """A row is one prompt and one answer, and nothing else: what an encoder and a decoder can read one each."""
     uses_chat_template: bool = False
     """Prompts are chat turns, rendered by the tokenizer's chat template."""
     uses_separator: bool = False
@@ -177,6 +179,7 @@ TASKS: Mapping[Task, TaskTraits] = {
         metrics=("loss", "exact_match"),
         question="prompt",
         has_answers=True,
+        two_texts=True,
         uses_separator=True,
         fills_alpaca_templates=True,
     ),

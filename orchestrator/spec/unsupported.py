@@ -63,18 +63,7 @@ def _remote_output(spec: JobSpec, folder: Path) -> Found:
         yield ("output",), spec.output
 
 
-def _remote_code(spec: JobSpec, folder: Path) -> Found:
-    if spec.base.trust_remote_code:
-        yield ("base", "trust_remote_code"), "true"
-
-
 UNSUPPORTED = (
     Unsupported("object-store paths under `data`", "copy the data to a local file and give its path", _remote_data),
     Unsupported("object-store paths as `output`", "give a local or mounted folder", _remote_output),
-    Unsupported(
-        "`base.trust_remote_code: true`",
-        "use a base whose layout transformers itself knows",
-        _remote_code,
-        verdict="rejected: code that comes with a model is never run",
-    ),
 )

@@ -94,14 +94,18 @@ def continue_prompts(
     stops: Sequence[int],
     synced: bool = False,
 ) -> list[str]:
-    """Greedy continuations of token-id prompts, padded on the left, up to the first of the tokens in `stops`."""
+    """Greedy continuations of token-id prompts, padded on the left, up to the first of the tokens in `stops`.
+
+    The prompts of an encoder-decoder are padded on the right, as in training, and its answers begin after its start token.
+    """
+    encodes = bool(model.config.is_encoder_decoder)
     width = max(1, *(len(prompt) for prompt in prompts))
     pad = padding(tokenizer, stops)
     ids = np.full((len(prompts), width), pad, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+        place = slice(len(prompt)) if encodes else slice(width - len(prompt), None)
+        ids[row, place], mask[row, place] = prompt, 1
     was_training = model.training
     model.eval()
     try:
@@ -119,4 +123,4 @@ def continue_prompts(
             )
     finally:
         model.train(was_training)
-    return [_said(row[width:].cpu().numpy(), tokenizer, stops) for row in output]
+    return [_said(row[1 if encodes else width :].cpu().numpy(), tokenizer, stops) for row in output]

@@ -22,7 +22,7 @@ def check_ways(context: HostContext) -> str:
     head = base.model.get_submodule(context.head_module)
     with forward_ready(objective_of(base, head), context.execution):
         found = failed_ways(base.model, base.anatomy, base.load.task, base.device)
-    limit = tolerance_of(base.model)
+        limit = tolerance_of(base.model, base.anatomy, base.load.task, base.device)
     for name, difference in found.items():
         if wrong := difference.wrong(limit):
             raise BaseError(

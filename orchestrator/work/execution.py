@@ -87,6 +87,8 @@ class BaseLoad(Value):
     """The hub's commit; of a local folder what the spec says."""
     hub_id: str = ""
     """Id of the repository on the hub that `folder` is a copy of; empty for a local folder."""
+    code_sha256: str = ""
+    """Hash of the base's own code that runs to load it; empty if none does."""
     pooling: Pooling = Pooling()
     """What a new classifier reads of a text."""
     padding: Padding | None = None

@@ -19,6 +19,7 @@ from orchestrator.data.reading.row import BadRow
 from orchestrator.errors import BaseError
 from orchestrator.spec.models import DataSpec, Task
 from orchestrator.spec.tasks import TASKS
+from orchestrator.store import read_json
 
 BATCH_ROWS = 256
 """Number of texts tokenized at once."""
@@ -63,22 +64,38 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def has_encoder(folder: Path) -> bool:
+    """Return whether the base in a folder is an encoder-decoder, as its config.json says."""
+    file = folder / "config.json"
+    return file.is_file() and bool(read_json(file).get("is_encoder_decoder"))
+
+
 class Encoder:
     """Tokenizes examples of one task with one tokenizer.
 
     Args:
         ends: Ids at which the base stops as it is, beside the tokenizer's own end token.
         noticed: Gets what is worth telling of the rows.
+        apart: Whether the base is an encoder-decoder: prompt and completion are then two inputs, each with the special tokens
+            that the tokenizer gives a text, and with an end token.
 
     Raises:
         BaseError: `chat`, and the tokenizer has no chat template.
     """
 
     def __init__(
-        self, tokenizer: Any, task: Task, data: DataSpec, *, ends: Sequence[int] = (), noticed: RowNotices | None = None
+        self,
+        tokenizer: Any,
+        task: Task,
+        data: DataSpec,
+        *,
+        ends: Sequence[int] = (),
+        noticed: RowNotices | None = None,
+        apart: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._data = data
+        self._apart = apart
         self._bos = _bos_ids(tokenizer)
         self._eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._traits = TASKS[task]
@@ -186,10 +203,17 @@ class Encoder:
         separators = [self._data.separator if row.separator is None else row.separator for row in examples]
         prompts = [self._without_begin(str(example.prompt), example) for example in examples]
         answers = [self._without_end(str(example.completion), example) for example in examples]
-        ids = self._ids(prompts, examples, suffixes=separators), self._ids(answers, examples)
+        # `apart`, the special tokens of a text are around each.
+        ids = (
+            self._ids(prompts, examples, suffixes=separators, special=self._apart),
+            self._ids(answers, examples, special=self._apart),
+        )
         for example, prompt, separator, answer, head, tail in zip(examples, prompts, separators, answers, *ids, strict=True):
             # Prompt and answer are tokenized separately, as in serving: tokenized together, a token could span their border.
-            before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
+            if self._apart:
+                before, after = ended(head, self._eos), ended(tail, self._eos) if answer else []
+            else:
+                before, after = [*self._bos, *head], [*tail, *self._eos] if answer else []
             mask = _answer_mask(len(before), len(after))
             yield Document(np.asarray(before + after, np.int32), mask, example, f"{prompt}{separator}", answer)
 
@@ -234,6 +258,11 @@ def mark_supervised(document: Document, tokenizer: Any) -> str:
         text = tokenizer.decode(document.ids[start:end].tolist())
         parts.append(f"«{text}»" if document.supervised[start] else text)
     return "".join(parts)
+
+
+def ended(ids: list[int], eos: Sequence[int]) -> list[int]:
+    """Return an encoder-decoder's text with an end token, where the tokenizer gives it none."""
+    return ids if set(eos) & set(ids[-2:]) else [*ids, *eos]
 
 
 @lru_cache(maxsize=4096)

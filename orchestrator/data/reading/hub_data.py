@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from orchestrator.errors import DataError
 from orchestrator.hub import Commit, Repository, explained, resolve_commit
@@ -32,8 +33,8 @@ def find_hub_data(path: str) -> tuple[SplitFiles, str]:
     if wanted is None:
         raise DataError(f"not a data set of the hub: {path!r}", expected=DATA_SHAPE, remedy="fix the path")
     commit = resolve_commit(Repository("dataset", wanted.id, wanted.revision))
-    name = "-".join(re.sub(r"\W", "_", part) for part in (wanted.config, wanted.split) if part) or "all"
-    record = own_folder(commit) / f"arrow-{name}.json"
+    config, split = (quote(part, safe="") for part in (wanted.config, wanted.split))
+    record = own_folder(commit) / f"arrow-{config}:{split}.json"
     files = _recorded(record)
     if files is None:
         files = _load(wanted, commit)

@@ -154,8 +154,9 @@ def _peft_config(branch: Branch) -> LoraConfig:
     modules = sorted({name.rpartition(".")[0] for name in selection.trainable} - rows)
     options: dict[str, Any] = dict(selection.adapter_kind.peft_options)
     parameters = _target_parameters(branch)
+    encodes = anatomy.kind == "encoder_decoder"
     return LoraConfig(
-        task_type=TaskType[branch.base.load.traits.head.peft_task],
+        task_type=TaskType.SEQ_2_SEQ_LM if encodes else TaskType[branch.base.load.traits.head.peft_task],
         base_model_name_or_path=branch.base.load.folder,
         revision=branch.base.load.revision,
         inference_mode=True,

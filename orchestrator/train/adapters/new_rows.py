@@ -51,11 +51,18 @@ class EmbeddingWithNewRows(_WithNewRows):
 class ProjectionWithNewRows(_WithNewRows):
     """An output projection whose logits of new tokens come from their trained rows."""
 
+    def __init__(self, base_layer: nn.Module, rows: nn.Parameter, ids: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """
+        Args:
+            bias: Frozen bias of the new tokens [n]: ZeRO-3 partitions the layer's own outside of its forward pass.
+        """
+        super().__init__(base_layer, rows, ids)
+        self._bias = bias
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute [..., H] -> logits [..., V]."""
-        ids = self._ids.to(hidden.device)
-        logits = nn.functional.linear(hidden, getattr(self, NEW_ROWS), None if self.bias is None else self.bias[ids])
-        return self.base_layer(hidden).index_copy(-1, ids, logits)
+        logits = nn.functional.linear(hidden, getattr(self, NEW_ROWS), self._bias)
+        return self.base_layer(hidden).index_copy(-1, self._ids.to(hidden.device), logits)
 
 
 def install_new_rows(base: LoadedBase, selection: LayerSelection, undo: ExitStack) -> set[str]:
@@ -69,11 +76,13 @@ def install_new_rows(base: LoadedBase, selection: LayerSelection, undo: ExitStac
     anatomy = base.anatomy
     ids = torch.tensor(anatomy.new_rows)
     embedding, head = anatomy.embeddings[0], anatomy.head_weight
-    rows = _install(base, embedding, EmbeddingWithNewRows, _rows_of(base, embedding, ids), ids, undo)
-    if _rows_name(head) in names:
-        _install(base, head, ProjectionWithNewRows, _rows_of(base, head, ids), ids, undo)
-    elif anatomy.tied and not selection.unties_head and not base.load.traits.head.is_new:
-        _install(base, head, ProjectionWithNewRows, rows, ids, undo)
+    rows = _rows_of(base, embedding, ids)
+    _install(base, embedding, EmbeddingWithNewRows(_layer(base, embedding), rows, ids), undo)
+    tied = anatomy.tied and not selection.unties_head and not base.load.traits.head.is_new
+    if tied or _rows_name(head) in names:
+        bias = _rows_of(base, anatomy.head_bias, ids).detach() if anatomy.head_bias else None
+        head_rows = rows if tied else _rows_of(base, head, ids)
+        _install(base, head, ProjectionWithNewRows(_layer(base, head), head_rows, ids, bias), undo)
     return names
 
 
@@ -81,22 +90,22 @@ def _rows_name(weight: str) -> str:
     return weight.removesuffix("weight") + NEW_ROWS
 
 
-def _rows_of(base: LoadedBase, weight: str, ids: torch.Tensor) -> nn.Parameter:
-    values = base.read_original([weight])[weight][ids.to(base.device)].to(base.dtype)
+def _rows_of(base: LoadedBase, name: str, ids: torch.Tensor) -> nn.Parameter:
+    values = base.read_original([name])[name][ids.to(base.device)].to(base.dtype)
     return nn.Parameter(values.clone(), requires_grad=False)
 
 
-def _install(
-    base: LoadedBase, weight: str, kind: type[_WithNewRows], rows: nn.Parameter, ids: torch.Tensor, undo: ExitStack
-) -> nn.Parameter:
+def _layer(base: LoadedBase, weight: str) -> nn.Module:
+    return base.model.get_submodule(weight.rpartition(".")[0])
+
+
+def _install(base: LoadedBase, weight: str, wrapper: nn.Module, undo: ExitStack) -> None:
     place = weight.rpartition(".")[0]
     parent, attribute = base.model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
     layer = getattr(parent, attribute)
     undo.callback(setattr, parent, attribute, layer)
-    wrapper = kind(layer, rows, ids)
     wrapper.train(layer.training)
     setattr(parent, attribute, wrapper)
-    return rows
 
 
 def _scale_of(embedding: nn.Module) -> float | torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from orchestrator.anatomy.values import ModelAnatomy
+from orchestrator.bases.own_code import use_own_code
 from orchestrator.errors import BaseError
 from orchestrator.plan.memory.activations import attention_of
 from orchestrator.train.model.experts import ADAPTED
@@ -102,9 +104,11 @@ def load_base(
         load_on: Where the weights are put for now, by default `device`; see `loading_device`.
 
     Raises:
-        BaseError: No weights, pickle-only or damaged weights, remote code, or a model that is not what its headers say.
+        BaseError: No weights, pickle-only or damaged weights, own code that is not the pinned one, or a model that is not what
+            its headers say.
     """
     global _num_loads
+    use_own_code(Path(load.folder), load.code_sha256)
     if not anatomy.has_weights:
         raise BaseError("the folder has no weights", where=load.folder, remedy="put the model's *.safetensors beside config.json")
     attention = attention_of(anatomy, device.type, one_document_per_row=load.traits.head.one_document_per_row)

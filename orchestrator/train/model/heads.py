@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from orchestrator.anatomy.values import ModelAnatomy, Ways
+from orchestrator.bases.own_code import class_named
 from orchestrator.plan.memory.transient import LOGIT_CHUNK_BYTES
 from orchestrator.spec.tasks import TASKS, HeadKind, Task
 from orchestrator.train.model.attention import documents_apart
@@ -146,7 +147,7 @@ class LanguageModelHead:
     """
 
     def load_model(self, load: BaseLoad, options: Mapping[str, Any], architecture: str = "") -> PreTrainedModel:
-        kind: Any = getattr(transformers, architecture) if architecture else AutoModelForCausalLM
+        kind: Any = class_named(architecture) if architecture else AutoModelForCausalLM
         return kind.from_pretrained(load.folder, **options)
 
     def weight_name(self, anatomy: ModelAnatomy) -> str:

@@ -16,7 +16,8 @@ from orchestrator.spec.models import Task
 from orchestrator.train import heartbeat
 from orchestrator.train.model.balance import BalanceLoss, balance_of
 from orchestrator.train.model.base import LoadedBase
-from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Parts, Targets, head_of
+from orchestrator.train.model.encoder_decoder import LABELS, EncoderDecoderHead, head_for
+from orchestrator.train.model.heads import DEFAULT_WAYS, DocumentLosses, FinalNorm, Head, Parts, Targets, head_of
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.pooling import read_by_head
 from orchestrator.train.trunk.port import entering
@@ -47,6 +48,7 @@ class Objective(nn.Module):
         balance: BalanceLoss | None = None,
         ways: Ways = DEFAULT_WAYS,
         logit_map: LogitMap = AS_PROJECTED,
+        computes: Head | None = None,
     ) -> None:
         """
         Args:
@@ -61,12 +63,13 @@ class Objective(nn.Module):
             balance: The load-balancing loss that is added in training.
             ways: What the class allows.
             logit_map: What the class does with the head's result.
+            computes: Computes logits and losses; by default the task's.
         """
         super().__init__()
         self.model: Any = model
         norm = FinalNorm(final_norm, *_place_in(backbone, final_norm)) if final_norm is not None else None
         # Inside values: as attributes, nn.Module would register these modules a second time, beside `model`.
-        self._head = head_of(task)
+        self._head = computes or head_of(task)
         self._parts = Parts(model, backbone, head, encoder, read_by_head(pooling, encoder=encoder), norm, ways, logit_map)
         self._blocks = (cast("nn.ModuleList | None", blocks),)
         self._cut = cut
@@ -108,8 +111,10 @@ class Objective(nn.Module):
         targets = Targets(labels, document_ids, class_labels, lengths)
         balance = None if each else self._balance
         with nullcontext([]) if balance is None else balance.recording() as router_logits:
-            # The states of all positions have no name here: they are freed before the logits are made.
-            supervised = self._head.select(self._parts, self.run_blocks(input_ids, position_ids, lengths, hidden), targets)
+            # The states of all positions lose their name: they are freed before the logits are made.
+            states = self.run_blocks(input_ids, position_ids, lengths, hidden, labels=labels)
+            supervised = self._head.select(self._parts, states, targets)
+            del states
         if each:
             return self._head.losses(self._parts, supervised)
         loss_sum = self._head.loss_sum(self._parts, supervised, num_trials)
@@ -122,6 +127,9 @@ class Objective(nn.Module):
         states are features, the same at every step, whether they are stored or not. So there is no dropout below the cut."""
         super().train(mode)
         blocks = self._blocks[0]
+        if mode and isinstance(self._head, EncoderDecoderHead):
+            # Nothing of the encoder is trained: the decoder reads the same features at every step.
+            self.model.get_encoder().eval()
         if mode and self._cut and blocks is not None:
             live = {module for block in list(blocks)[self._cut :] for module in block.modules()}
             for module in self._parts.backbone.modules():
@@ -142,7 +150,13 @@ class Objective(nn.Module):
         return self._head.select(self._parts, states, Targets(input_ids, torch.zeros_like(input_ids), every, lengths)).values
 
     def run_blocks(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [B, L, H] before the final norm (for a classifier after it), or an encoder's own class logits [B, classes].
 
@@ -151,8 +165,12 @@ class Objective(nn.Module):
             position_ids: int64[B, L].
             lengths: int64[B].
             hidden: As in `forward`. The embeddings are not looked up then.
+            labels: As in `forward`; an encoder-decoder needs them, to tell prompts from completions.
         """
         inputs = {"input_ids": input_ids} if hidden is None else {"inputs_embeds": hidden}
+        if isinstance(self._head, EncoderDecoderHead):
+            assert labels is not None
+            inputs[LABELS] = labels
         with self._entering(hidden):
             return self._head.run_blocks(self._parts, inputs, position_ids, lengths)
 
@@ -184,7 +202,8 @@ def make_objective(
         cut: See `Objective`.
         balance: See `Objective`.
     """
-    weight = head_of(task).weight_name(anatomy)
+    computes = head_for(anatomy, task)
+    weight = computes.weight_name(anatomy)
     return Objective(
         model,
         model.get_submodule(anatomy.backbone),
@@ -198,12 +217,13 @@ def make_objective(
         balance=balance,
         ways=anatomy.ways,
         logit_map=LogitMap(anatomy.logit_scale, anatomy.logit_cap),
+        computes=computes,
     )
 
 
 def final_norm_of(model: nn.Module, anatomy: ModelAnatomy) -> nn.Module | None:
-    """Return the norm after the last block; None if the base has none or is an encoder."""
-    if anatomy.kind == "encoder" or not anatomy.final_norm:
+    """Return the norm after the last block; None if the base has none, or if its class applies it in any case."""
+    if anatomy.kind != "decoder" or not anatomy.final_norm:
         return None
     return model.get_submodule(anatomy.final_norm[0].rpartition(".")[0])
 

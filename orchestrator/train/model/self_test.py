@@ -26,6 +26,7 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.attention import BY_DOCUMENT
+from orchestrator.train.model.completions import completion_losses, with_prompts
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.objective import Objective, make_objective
 from orchestrator.train.trunk.port import leaving
@@ -34,14 +35,19 @@ LENGTHS = (5, 8, 11, 5)
 """Tokens of the documents. Their sum is no multiple of the width that rows are padded to."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean difference of a token's loss, in nats, that rounding explains, by the dtype of the computation."""
+ROUNDING_SHARE = 2.0**-9
+"""Mean difference between two roundings of a number to bfloat16, as a share of it: a quarter of a step of at most 2**-7."""
 Attention = Literal["by_document", "sdpa", "eager"]
 WAY_NAMES = {
+    "splits": "the prompt as the encoder's input, and the completion as the decoder's",
+    "answers": "generating",
     "projects": "the head path (logits as the output projection of the last hidden states)",
     "packs": "packing (restarting positions keep the documents of a row apart)",
     "pads": "padding at the end of a row",
     "injects": "stored hidden states in place of the lower blocks",
 }
-"""What each field of `Ways` means in a sentence."""
+"""What each field of `Ways` means in a sentence; `splits` is what every encoder-decoder must do."""
+NOT_FOR_BOTH = "a document of an encoder-decoder is a prompt and a completion, in a row of its own"
 
 
 class Difference(NamedTuple):
@@ -72,7 +78,8 @@ class SelfTest:
 
     @property
     def data(self) -> TokenizedSet:
-        return _documents(self.model, self.anatomy, num_classes=self._num_classes)
+        data = _documents(self.model, self.anatomy, num_classes=self._num_classes)
+        return with_prompts(data) if self.anatomy.kind == "encoder_decoder" else data
 
     @property
     def tolerance(self) -> float:
@@ -104,6 +111,8 @@ class SelfTest:
         head's own affair, by the objective."""
         if self._num_classes:
             return self.losses(self.objective(Ways(packs=False)), self.rows_alone)
+        if self.anatomy.kind == "encoder_decoder":
+            return completion_losses(self.model, self.data, self.device)
         found: list[torch.Tensor] = []
         data = self.data
         for index in range(len(data)):
@@ -151,6 +160,11 @@ class SelfTest:
 
         return _seen(compute)
 
+    def answers(self) -> Difference:
+        """Try whether the class generates: transformers' cache of a T5 with more blocks in the decoder does not."""
+        ids = torch.from_numpy(self.data.ids[None, : LENGTHS[0]].astype(np.int64)).to(self.device)
+        return _seen(lambda: 0.0 * float(self.model.generate(input_ids=ids, max_new_tokens=2).sum()))
+
     def layout(self, own: np.ndarray, ways: Ways, rows: RowPlan) -> Difference:
         """Compare the losses of documents in these rows."""
         return _seen(lambda: _mean_difference(self.losses(self.objective(ways), rows), own))
@@ -184,6 +198,8 @@ def try_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task) -> Ways:
     before = test.model.config._attn_implementation
     try:
         with computing(test.model):
+            if anatomy.kind == "encoder_decoder":
+                return _try_encoder_decoder(test)
             return _try_attention(test) if TASKS[task].head.is_new else _try_decoder(test)
     finally:
         test.model.set_attn_implementation(before)
@@ -207,6 +223,21 @@ def _try_decoder(test: SelfTest) -> Ways:
         reasons |= {"attention": f"document by document: {wrong}"} if wrong else {}
     elif ways.attention == "sdpa":
         reasons["attention"] = "a row holds one document"
+    return ways.model_copy(update={"reasons": reasons})
+
+
+def _try_encoder_decoder(test: SelfTest) -> Ways:
+    """Try rows of one document each, whose prompt the encoder reads; the class computes its logits, and nothing is stored."""
+    ways, reasons = _fused_attention(test)
+    ways = ways.model_copy(update={"packs": False, "projects": False, "injects": False})
+    reasons |= dict.fromkeys(("packs", "projects", "injects"), NOT_FOR_BOTH)
+    if ways.attention == "sdpa":
+        reasons["attention"] = "a row holds one document"
+    own = test.own_losses()
+    if wrong := test.head_path(own, ways).wrong(test.tolerance):
+        raise ValueError(f"{WAY_NAMES['splits']}: {wrong}")
+    if wrong := test.layout(own, ways, test.rows_padded).wrong(test.tolerance):
+        ways, reasons["pads"] = ways.model_copy(update={"pads": False}), wrong
     return ways.model_copy(update={"reasons": reasons})
 
 
@@ -313,6 +344,9 @@ def failed_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task, device: tor
     with computing(test.model):
         own = test.own_losses()
         new_head = TASKS[task].head.is_new
+        if anatomy.kind == "encoder_decoder":
+            found["splits"] = test.head_path(own, ways)
+            found["answers"] = test.answers()
         if ways.projects and not new_head:
             found["projects"] = test.head_path(own, ways)
         if ways.packs and not new_head:
@@ -324,9 +358,19 @@ def failed_ways(model: nn.Module, anatomy: ModelAnatomy, task: Task, device: tor
     return found
 
 
-def tolerance_of(model: nn.Module) -> float:
-    """Return the largest mean difference, in nats a token, that rounding explains in this model."""
-    return SelfTest(model, cast("Any", None), "text", torch.device("cpu")).tolerance
+def tolerance_of(model: nn.Module, anatomy: ModelAnatomy, task: Task, device: torch.device) -> float:
+    """Return the largest mean difference, in nats a token, that rounding explains in this model.
+
+    Two computations of one logit in bfloat16 may be rounded to neighbours, which lie further apart the larger the logit is
+    (GPT-2's are near -110, where the step is 0.5).
+    """
+    test = SelfTest(model, anatomy, task, device)
+    if test.tolerance == TOLERANCE[torch.float32] or TASKS[task].head.is_new:
+        return test.tolerance
+    ids = torch.from_numpy(test.data.document(0)[0].astype(np.int64)).to(device)[None]
+    with computing(test.model), torch.no_grad():
+        largest = float(test.model(input_ids=ids, use_cache=False).logits.abs().max())
+    return max(test.tolerance, largest * ROUNDING_SHARE)
 
 
 @contextmanager

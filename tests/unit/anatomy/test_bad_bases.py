@@ -117,7 +117,8 @@ def test_code_of_a_base_is_refused_where_transformers_does_not_have_its_type(bas
     error = error_of(with_config(base, auto_map=code, model_type="own"))
     assert "comes with its own code" in error.what
     assert error.where.endswith("config.json")
-    assert "not run" in error.remedy
+    assert "not run" in error.what
+    assert "pin it" in error.remedy
 
 
 def test_code_of_a_base_is_ignored_where_transformers_has_its_type(base: Path) -> None:

@@ -13,6 +13,7 @@ from orchestrator.anatomy.learning import Answer, Question, Refusal
 from orchestrator.anatomy.learning_cache import cache_folder, key_of, locked, recall, remember
 from orchestrator.anatomy.values import TensorInfo
 from orchestrator.errors import BaseError
+from orchestrator.spec.tasks import Task
 
 from .bases import SIZES, write_base
 
@@ -93,3 +94,25 @@ def test_a_refusal_says_what_and_where(tmp_path: Path, cache: Path, monkeypatch:
         read_anatomy(folder, need_weights=False)
     assert caught.value.where == str(folder / "config.json")
     assert caught.value.remedy
+
+
+T5: dict[str, Any] = {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+BART: dict[str, Any] = {
+    "model_type": "bart",
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
+
+
+@pytest.mark.parametrize(("config", "task"), [(T5, "text"), (T5, "chat"), (BART, "classify")])
+def test_an_encoder_decoder_only_completes_prompts(tmp_path: Path, cache: Path, config: dict[str, Any], task: Task) -> None:
+    assert cache
+    with pytest.raises(BaseError, match=f"{config['model_type']!r}, an encoder-decoder, which is not trained for") as caught:
+        read_anatomy(write_base(tmp_path / "base", config), need_weights=False, task=task)
+    assert caught.value.exit_code == 2

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.anatomy import read_anatomy
 from orchestrator.bases import FolderBase, HubBase, folder_on_this_node, locate_base, located
+from orchestrator.bases.files import loaded_files
 from orchestrator.errors import BaseError
 from orchestrator.samples import SAMPLE_BASE
 from orchestrator.spec.models import BaseSpec
@@ -165,6 +166,21 @@ def test_what_hf_download_put_into_the_cache_is_enough_offline(
     assert hub.requests == []
 
 
+def test_offline_a_cache_without_licence_and_card_is_enough(
+    tmp_path: Path, hub: HubServer, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", files_of(sharded) | SIDE_FILES)
+    base = locate_base(BaseSpec(model="org/model"), tmp_path)
+    folder = base.for_training(quiet)
+    for name in ("README.md", "LICENSE.txt", "tokenizer.model", "generation_config.json"):
+        (folder / name).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert base.for_data() == base.for_training(quiet) == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BaseError, match="not in the hub's cache"):
+        base.for_data()
+
+
 def test_a_hub_that_is_down_is_not_needed_with_everything_cached(tmp_path: Path, hub: HubServer, sharded: Path) -> None:
     hub.add("org/model", files_of(sharded))
     folder = Path(huggingface_hub.snapshot_download("org/model"))
@@ -194,3 +210,11 @@ def test_a_node_whose_cache_lacks_the_base_uses_the_drivers_folder(hub: HubServe
     assert folder_on_this_node(load) == Path("/shared/base")
     assert folder_on_this_node(load.model_copy(update={"hub_id": ""})) == Path("/shared/base")
     assert located(load.model_copy(update={"hub_id": ""})) == FolderBase(Path("/shared/base"))
+
+
+def test_nodes_compare_what_a_gang_reads(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "trainer_state.json", "README.md"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "tokenizer_old").mkdir()
+    wanted = ["chat_template.jinja", "config.json", "tokenizer.json", "model.safetensors"]
+    assert loaded_files(tmp_path, ["model.safetensors"]) == wanted

@@ -12,6 +12,7 @@ import pytest
 from datasets import config as settings
 
 from orchestrator.data.reading.gather import find_sources, read_examples
+from orchestrator.data.reading.hub_data import find_hub_data
 from orchestrator.data.reading.measure import measure_data
 from orchestrator.data.summary import LeftOut
 from orchestrator.errors import DataError
@@ -82,6 +83,15 @@ def test_the_splits_of_a_data_set_are_those_of_the_run(hub: HubServer, tmp_path:
     found = read(spec(tmp_path, train="hub:org/rows"))
     assert {name: len(prompts) for name, prompts in found.items()} == {"train": 30, "test": 8}
     assert found["test"][3] == "two 3"
+
+
+def test_a_config_and_a_split_of_one_name_are_kept_apart(hub: HubServer) -> None:
+    card = (
+        b"---\nconfigs:\n- {config_name: train, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}\n---\n"
+    )
+    hub.add("org/train", {"README.md": card, "a.jsonl": rows(5, "a"), "b.jsonl": rows(6, "b")}, kind="dataset")
+    assert set(find_hub_data("hub:org/train:train")[0]) == {"train", "test"}
+    assert set(find_hub_data("hub:org/train:/train")[0]) == {"train"}
 
 
 def test_a_config_and_a_split_are_chosen(hub: HubServer, tmp_path: Path) -> None:

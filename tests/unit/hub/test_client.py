@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,10 +65,12 @@ def test_a_cut_connection_is_resumed_where_it_broke(
     hub.faults.append(Fault("/cdn/", cut_after=NUM_BYTES // 2, times=1))
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    caplog.set_level(logging.INFO)
     folder = fetch_files(resolve_commit(MODEL), ["model.safetensors"])
     assert (folder / "model.safetensors").stat().st_size == NUM_BYTES
     assert NUM_BYTES <= hub.bytes_of("/cdn/") < NUM_BYTES + (1 << 17), "the first half was not sent again"
     assert "Trying to resume" in caplog.text
+    assert "/cdn/" in caplog.text, "httpx logs every request"
     assert SIGNATURE not in caplog.text
     assert TOKEN not in caplog.text
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from orchestrator.errors import BaseError, DataError
+from orchestrator.errors import BaseError, DataError, RunConflictError
 from orchestrator.plan.values import ClusterDescription, NodeDescription
 from orchestrator.report.terminal import LogView
 from orchestrator.runtime.prepare import Prepared, open_run, prepare, rehearse, reopen
@@ -106,6 +106,29 @@ def test_a_rehearsal_fetches_no_weights(submit: Callable[..., Prepared], hub: Hu
     found = rehearse(spec_of(tmp_path), "sweep", output=tmp_path / "hidden", cluster=lambda: CLUSTER)
     assert (found.plan.base.hub_id, found.plan.base.revision) == ("org/tiny", commit)
     assert 0 < weight_bytes(hub) < HEADER_BYTES
+
+
+def test_a_rehearsal_of_a_classifier_fetches_no_weights(hub: HubServer, commit: str, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} number {number}", "label": word} for number in range(40) for word in ("odd", "even")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": "train.jsonl", "max_tokens": 64}
+    values = {"name": "run", "base": MODEL, "task": "classify", "data": data, "finetune": {"layers": "last:1"}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(values))
+    found = rehearse(spec_of(tmp_path), "finetune", output=tmp_path / "hidden", cluster=lambda: CLUSTER)
+    assert found.plan.base.padding is not None
+    assert 0 < weight_bytes(hub) < HEADER_BYTES
+
+
+def test_a_rehearsal_knows_the_enlarged_base_of_a_run(submit: Callable[..., Prepared], tmp_path: Path, base: Path) -> None:
+    first = submit(base={"model": "base", "add_tokens": ["<new>"]})
+    output = first.run.path.parent
+    assert rehearse(spec_of(tmp_path), "sweep", output=output, cluster=lambda: CLUSTER).would == "continue an interrupted run"
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RunConflictError, match="differs from when this run began"):
+        rehearse(spec_of(tmp_path), "sweep", output=output, cluster=lambda: CLUSTER)
 
 
 def test_a_finished_run_is_shown_without_its_base(

@@ -158,7 +158,7 @@ ROWS = [
      "write hub:org/name, hub:org/name@revision"),
     ("max_tokens: 512", "retain: gs://x/y", "data.retain", 7, 11, "not supported yet", "local file"),
     ("task:", "output: s3://x\ntask:", "output", 4, 9, "not supported yet", "local or mounted"),
-    ("model: sample", "model: sample\n  trust_remote_code: true", "base.trust_remote_code", 4, 22, "rejected", "layout"),
+    ("model: sample", "model: sample\n  code_sha256: abc", "base.code_sha256", 4, 16, "", ""),
 ]  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def test_a_base_does_what_its_anatomy_says(folders: dict[str, Path], anatomies: 
     base = small_base(folders[name], anatomies[name])
     seen = failed_ways(base.model, anatomies[name], "text", CPU)
     assert set(seen) == set(EXPECTED[name])
-    assert {way: difference.wrong(tolerance_of(base.model)) for way, difference in seen.items()} == dict.fromkeys(seen, "")
+    limit = tolerance_of(base.model, anatomies[name], "text", CPU)
+    assert {way: difference.wrong(limit) for way, difference in seen.items()} == dict.fromkeys(seen, "")
 
 
 @pytest.mark.parametrize(
