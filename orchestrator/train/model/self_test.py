@@ -26,13 +26,11 @@ from orchestrator.data import TokenizedSet
 from orchestrator.spec.tasks import TASKS, Task
 from orchestrator.train.batches import RowPlan, to_tensors
 from orchestrator.train.model.attention import BY_DOCUMENT
-from orchestrator.train.model.completions import completion_losses, with_prompts
 from orchestrator.train.model.loss import AS_PROJECTED, LogitMap
 from orchestrator.train.model.objective import Objective, make_objective
+from orchestrator.train.model.self_test_documents import LENGTHS, completion_losses, documents_of, joined, with_prompts
 from orchestrator.train.trunk.port import leaving
 
-LENGTHS = (5, 8, 11, 5)
-"""Tokens of the documents. Their sum is no multiple of the width that rows are padded to."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean difference of a token's loss, in nats, that rounding explains, by the dtype of the computation."""
 ROUNDING_SHARE = 2.0**-9
@@ -78,7 +76,7 @@ class SelfTest:
 
     @property
     def data(self) -> TokenizedSet:
-        data = _documents(self.model, self.anatomy, num_classes=self._num_classes)
+        data = documents_of(self.model, self.anatomy, num_classes=self._num_classes)
         return with_prompts(data) if self.anatomy.kind == "encoder_decoder" else data
 
     @property
@@ -269,7 +267,7 @@ def _fused_attention(test: SelfTest) -> tuple[Ways, dict[str, str]]:
 
 def _unseen(test: SelfTest, own: np.ndarray, ways: Ways) -> str:
     """Return that this instance would not show documents that see each other; empty if it would."""
-    losses = _losses_of(test, _joined(test.data), ways)
+    losses = _losses_of(test, joined(test.data), ways)
     same = losses is not None and _mean_difference(losses, own) <= 10 * test.tolerance
     return "the small instance does not show whether documents see each other" if same else ""
 
@@ -400,46 +398,6 @@ def sharpen(model: nn.Module, seed: int = 0) -> None:
         else:
             continue
         parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
-
-
-def _documents(model: Any, anatomy: ModelAnatomy, *, num_classes: int) -> TokenizedSet:
-    """Return documents of LENGTHS tokens with ordinary ids: none that the config gives a meaning (padding, images)."""
-    config = model.config.get_text_config()
-    ordinary = np.setdiff1d(np.arange(min(anatomy.vocab_size, 1000)), sorted(_special_ids(model.config) | _special_ids(config)))
-    count = sum(LENGTHS)
-    # Steps through the ids that visit many of them in no order that a model could have learned.
-    ids = ordinary[(np.arange(count) * 7919 + 13) % len(ordinary)].astype(np.int32)
-    labels = np.arange(len(LENGTHS)) % num_classes if num_classes else np.full(len(LENGTHS), -1)
-    return TokenizedSet(
-        ids=ids,
-        supervised=np.ones(count, dtype=bool),
-        offsets=np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64),
-        labels=labels.astype(np.int32),
-        rows=np.arange(len(LENGTHS), dtype=np.int64),
-    )
-
-
-def _joined(data: TokenizedSet) -> TokenizedSet:
-    """Return the documents as one, whose losses count where those of the documents do."""
-    supervised = np.ones(data.num_tokens, dtype=bool)
-    supervised[data.offsets[:-1]] = False
-    return TokenizedSet(
-        ids=data.ids,
-        supervised=supervised,
-        offsets=np.asarray([0, data.num_tokens], dtype=np.int64),
-        labels=data.labels[:1],
-        rows=data.rows[:1],
-    )
-
-
-def _special_ids(config: Any) -> set[int]:
-    """Return the ids that a config names: `pad_token_id`, `image_token_index`."""
-    found: set[int] = set()
-    for key, value in vars(config).items():
-        if key.endswith(("token_id", "token_index", "token_ids")):
-            values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-            found |= {int(each) for each in values if isinstance(each, int)}
-    return found
 
 
 def _seen(compute: Callable[[], float]) -> Difference:
