@@ -21,6 +21,9 @@ INTRODUCTION = """\
 Which types of models can be trained, and how. The page is written by `scripts/bases --write`; `scripts/bases TYPE` tries one,
 `scripts/bases --quick` the {quick} types that CI tries. transformers {transformers}, torch {torch}, on a CPU in float32.
 
+Encoder-decoders (T5, mT5, BART, mBART) complete prompts in `finetune` ([how](spec.md#bases)); a test of their own
+trains, merges and serves them.
+
 A type that is not listed is no less supported: its layout is learned from its transformers class (`orchestrator plan` says what
 was found). A row says what was seen of a small model of the type, with as few blocks as show every kind, random weights and a
 vocabulary of 256. It is saved as the type is published, and goes through the steps of a job: its layout is read from the folder,

@@ -150,19 +150,12 @@ ENCODERS = {
     "canine": "google/canine-s",
 }
 """Encoders, for `classify`."""
-ENCODER_DECODERS = {
-    "t5": "google-t5/t5-small",
-    "mt5": "google/mt5-small",
-    "bart": "facebook/bart-large",
-    "mbart": "facebook/mbart-large-cc25",
-}
 GROUPS = {
     "dense": DENSE,
     "experts": EXPERTS,
     "hybrid": HYBRIDS,
     "wrapper": WRAPPERS,
     "encoder": ENCODERS,
-    "encoder-decoder": ENCODER_DECODERS,
 }
 TITLES = {
     "dense": "Dense decoders",
@@ -170,7 +163,6 @@ TITLES = {
     "hybrid": "State-space, recurrent and linear-attention blocks",
     "wrapper": "Text models inside vision or audio checkpoints",
     "encoder": "Encoders (`classify`)",
-    "encoder-decoder": "Encoder-decoders",
 }
 PUBLISHED = {model_type: base for bases in GROUPS.values() for model_type, base in bases.items()}
 
@@ -252,7 +244,6 @@ QUICK = (
     "bert",
     "deberta-v2",
     "modernbert",
-    "t5",
 )
 """A quarter of the types, with some of every group."""
 SHARDED = ("qwen3", "bloom", "gpt2", "qwen3_moe", "mamba2", "gemma3", "bert")
