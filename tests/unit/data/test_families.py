@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from orchestrator.data import TokenizedSet, build_set
 from orchestrator.data.encoding.control_tokens import ControlTokens
@@ -87,6 +88,7 @@ class Perfect:
     """
 
     training = False
+    config = PreTrainedConfig()
 
     def __init__(self, documents: list[Document], then: int, filler: int) -> None:
         self._answers = {}
