@@ -216,7 +216,7 @@ def test_types_without_a_class(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     found = refusal(tmp_path)
-    assert (found.kind, found.what) == ("no_class", "transformers has no class for model_type 'vit' that generates text")
+    assert (found.kind, found.what) == ("no_class", "there is no class for model_type 'vit' that generates text")
     (tmp_path / "config.json").write_text('{"model_type": ["llama"]}')
     assert refusal(tmp_path).kind == "unknown_type"
     (tmp_path / "config.json").write_text('{"model_type": "stranger"}')
