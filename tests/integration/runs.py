@@ -145,8 +145,11 @@ def mapped_libraries(names: tuple[str, ...]) -> Iterator[dict[str, set[str]]]:
     ended = threading.Event()
 
     def collect() -> None:
-        while not ended.wait(0.5):
-            for process in psutil.Process().children(recursive=True):
+        while not ended.wait(0.2):
+            processes: list[psutil.Process] = []
+            with suppress(psutil.Error):  # one of them may end while they are listed
+                processes = psutil.Process().children(recursive=True)
+            for process in processes:
                 with suppress(psutil.Error, OSError):
                     title = " ".join(process.cmdline()).partition(".")[0]
                     if title.startswith("ray::"):

@@ -350,7 +350,10 @@ def test_the_shipped_classification_spec_comes_to_a_bundle(tmp_path: Path, repos
     assert shuffled.last is not None
     assert transfer.bundled is not None
     assert transfer.bundled.step in {rung.step for rung in shuffled.rungs}, "it has the bundle's budget, refit or not"
-    assert {comparison.against for comparison in transfer.comparisons} == {"none", "head", "shuffled"}
+    # The control `head` starts from logistic regression, so it may be the winner itself.
+    winner_is_head = read_json(run / "bundle" / "manifest.json")["about"]["layers"] == "head"
+    expected = {"none", "shuffled"} if winner_is_head else {"none", "head", "shuffled"}
+    assert {comparison.against for comparison in transfer.comparisons} == expected
     assert not transfer.controls_left_out
     assert_judged_as_few_examples(run)
     check_curve(run)
@@ -377,5 +380,5 @@ def assert_judged_as_few_examples(run: Path) -> None:
     (against_base,) = [comparison for comparison in transfer.comparisons if comparison.against == "none"]
     assert gains.values[0] == pytest.approx(against_base.mean)
     wide = {comparison.against: comparison.over_seeds for comparison in transfer.comparisons}
-    assert wide == {"none": False, "head": True, "shuffled": True}, "as wide as two seeds differ, where both were trained"
+    assert wide == {against: against != "none" for against in wide}, "as wide as two seeds differ, where both were trained"
     assert "over 2 seeds, on the same examples" in transfer.sentence
