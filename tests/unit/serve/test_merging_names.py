@@ -284,6 +284,24 @@ def test_the_copy_of_a_tied_embedding_goes_with_it(
     assert "lm_head.weight" not in stored_in(tmp_path / "out1")
 
 
+def test_only_the_rows_of_new_tokens_are_replaced(
+    make_base: Callable[..., ModelAnatomy], load_of: Callable, tools: Any, tmp_path: Path
+) -> None:
+    anatomy = make_base(sharded=False).model_copy(update={"new_rows": (7, 3)})
+    embedding = anatomy.embeddings[0]
+    before = stored_in(Path(anatomy.folder))
+    trained = torch.randn(2, anatomy.hidden_size)
+    artifact = tools.write_delta(tmp_path / "rung", {f"{embedding.removesuffix('weight')}new_rows": trained})
+    (tmp_path / "out").mkdir()
+    merge(make_merge_plan(anatomy, artifact, load_of(anatomy)), tmp_path / "out")
+    after = stored_in(tmp_path / "out")
+    expected = before[embedding].clone()
+    expected[[7, 3]] = trained.to(expected.dtype)
+    assert torch.equal(after[embedding], expected)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - {embedding})
+
+
 def test_a_head_that_differs_from_the_embedding_is_not_tied(make_base: Callable[..., ModelAnatomy]) -> None:
     tied = make_base(sharded=False)
     embedding = tied.tensors[tied.embeddings[0]]
